@@ -1,0 +1,1 @@
+"""The nouns: what a testbed consists of. Imports nothing else of this project."""

@@ -1,0 +1,354 @@
+"""What a testbed consists of: frozen data, read from TOML, validated before anything is touched.
+
+    plan = read_plan("topologies/two_hosts.toml")
+
+A plan mirrors what an administrator enters in vSphere: hosts with vSwitches, port groups and
+VMkernel ports, VMs with their RAM, MAC and port group. Everything here is pure and needs the
+standard library alone, so that a stock `mn --custom` can load it.
+"""
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from ipaddress import AddressValueError, IPv4Address, IPv4Interface, IPv4Network, NetmaskValueError
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from topologies.errors import UsageError
+from topologies.units import parse_bitrate, parse_percent, parse_rate, parse_size
+
+DEFAULT_PLAN = Path(__file__).with_name("two_hosts.toml")
+
+# An interface is named <host>-<uplink> ("esx1-vmnic0") and Linux allows 15 characters.
+_NAME = re.compile(r"[a-z][a-z0-9]{0,7}")
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_PAGE = 4096
+MIN_RAM_BYTES = 16 * 2**20
+
+
+class PlanError(UsageError):
+    """A plan that cannot be built; the message names the table, the key and the remedy."""
+
+
+@dataclass(frozen=True)
+class VSwitch:
+    """A virtual switch of a host: its physical uplink and the port groups it offers."""
+
+    name: str
+    uplink: str
+    port_groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VMkernelPort:
+    """An IP interface of the host itself, on a port group; `vmotion` allows migrations over it."""
+
+    name: str
+    port_group: str
+    ip: str
+    netmask: str
+    vmotion: bool = False
+
+    @property
+    def interface(self) -> IPv4Interface:
+        return IPv4Interface(f"{self.ip}/{self.netmask}")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A hypervisor. `management` is its address on the management & storage segment (vmnic2)."""
+
+    name: str
+    management: str
+    vswitches: tuple[VSwitch, ...]
+    vmkernel_ports: tuple[VMkernelPort, ...]
+
+    def vswitch_of(self, port_group: str) -> VSwitch:
+        """The vSwitch that offers a port group."""
+        return next(v for v in self.vswitches if port_group in v.port_groups)
+
+    @property
+    def vmotion_port(self) -> VMkernelPort:
+        return next(port for port in self.vmkernel_ports if port.vmotion)
+
+
+@dataclass(frozen=True)
+class VM:
+    """A virtual machine and the work its light guest does.
+
+    `fill` is the fraction of RAM filled with random data at power-on; the memory dirtier writes
+    `dirty_rate` bytes per second (4 KiB pages) at random places of a `working_set`; the bulk
+    stream offers `bulk_rate` bits per second to each client that connects.
+    """
+
+    name: str
+    host: str
+    ip: str
+    mac: str
+    port_group: str = "VM Network"
+    ram: int = field(default=512 * 2**20, metadata={"parse": parse_size})
+    fill: float = field(default=0.75, metadata={"parse": parse_percent})
+    dirty_rate: int = field(default=50_000_000, metadata={"parse": parse_rate})
+    working_set: int = field(default=64 * 2**20, metadata={"parse": parse_size})
+    bulk_rate: int = field(default=10_000_000, metadata={"parse": parse_bitrate})
+
+    @property
+    def interface(self) -> IPv4Interface:
+        return IPv4Interface(self.ip)
+
+
+@dataclass(frozen=True)
+class Client:
+    """A machine on the VM network that uses the VMs."""
+
+    name: str
+    ip: str
+    mac: str
+
+    @property
+    def interface(self) -> IPv4Interface:
+        return IPv4Interface(self.ip)
+
+
+_Named = TypeVar("_Named", Host, VM, Client)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole testbed. `link` is the vMotion cable's rate in bit/s, 0 for unshaped."""
+
+    switch: str
+    management: str
+    link: int = field(metadata={"parse": parse_bitrate})
+    hosts: tuple[Host, ...]
+    clients: tuple[Client, ...]
+    vms: tuple[VM, ...]
+
+    @property
+    def manager_ip(self) -> str:
+        """The manager's own address on the management segment: the first one."""
+        return str(next(IPv4Network(self.management).hosts()))
+
+    def host(self, name: str) -> Host:
+        return self._named(self.hosts, name, "host")
+
+    def vm(self, name: str) -> VM:
+        return self._named(self.vms, name, "VM")
+
+    def client(self, name: str) -> Client:
+        return self._named(self.clients, name, "client")
+
+    def with_vm(self, vm: VM) -> "Plan":
+        """The same plan with one VM's settings replaced, validated again."""
+        return validate(dataclasses.replace(self, vms=tuple(vm if v.name == vm.name else v for v in self.vms)))
+
+    @staticmethod
+    def _named(things: tuple[_Named, ...], name: str, what: str) -> _Named:
+        for thing in things:
+            if thing.name == name:
+                return thing
+        known = ", ".join(thing.name for thing in things)
+        raise PlanError(f"the plan has no {what} {name!r}; it has {known}")
+
+
+def read_plan(path: Path | str = DEFAULT_PLAN) -> Plan:
+    """Read and validate a plan file; PlanError names what is wrong with it."""
+    try:
+        document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(f"the plan {path} is no valid TOML: {error}") from error
+    try:
+        return validate(_build(Plan, document, "the plan"))
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+
+
+def _build(cls: type, table: Any, where: str) -> Any:
+    """A dataclass from a TOML table; unknown, missing and mistyped keys are refused by name."""
+    if not isinstance(table, dict):
+        raise PlanError(f"{where} must be a table")
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in table:
+        if key not in fields:
+            raise PlanError(f"{where} has an unknown key {key!r}; known are {', '.join(fields)}")
+    values = {}
+    for name, spec in fields.items():
+        if name in table:
+            values[name] = _value(hints[name], spec, table[name], f"{where}, key {name!r}")
+        elif spec.default is dataclasses.MISSING:
+            raise PlanError(f"{where} lacks the key {name!r}")
+    return cls(**values)
+
+
+def _value(hint: Any, spec: dataclasses.Field, value: Any, where: str) -> Any:
+    if "parse" in spec.metadata:
+        if not isinstance(value, str):
+            raise PlanError(f"{where}: {value!r} has no unit; write a string with a unit")
+        try:
+            return spec.metadata["parse"](value)
+        except UsageError as error:
+            raise PlanError(f"{where}: {error}") from error
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise PlanError(f"{where} must be a list")
+        item = get_args(hint)[0]
+        return tuple(_item(item, element, f"{where}[{i}]") for i, element in enumerate(value))
+    if not isinstance(value, hint):
+        raise PlanError(f"{where} must be a {hint.__name__}, not {value!r}")
+    return value
+
+
+def _item(kind: type, element: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        name = element.get("name") if isinstance(element, dict) else None
+        return _build(kind, element, f"{kind.__name__} {name!r}" if isinstance(name, str) else where)
+    if not isinstance(element, kind):
+        raise PlanError(f"{where} must be a {kind.__name__}, not {element!r}")
+    return element
+
+
+# ---------------------------------------------------------------- validation
+
+
+def validate(plan: Plan) -> Plan:
+    """The same plan, or PlanError with the first thing that cannot be built."""
+    for check in (_check_names, _check_addresses, _check_unique, _check_hosts, _check_vmotion, _check_vms):
+        check(plan)
+    return plan
+
+
+def _check_names(plan: Plan) -> None:
+    if len(plan.hosts) != 2:
+        raise PlanError(f"this topology has two hosts, the plan names {len(plan.hosts)}")
+    seen = {"mgmt": "the management segment"}
+    for what, name in _names(plan):
+        if not _NAME.fullmatch(name):
+            raise PlanError(f"{what} {name!r}: a name is a lower-case letter and up to 7 letters or digits")
+        if name in seen:
+            raise PlanError(f"{what} {name!r} has the name of {seen[name]}; names must differ")
+        seen[name] = f"{what} {name!r}"
+
+
+def _names(plan: Plan) -> Iterator[tuple[str, str]]:
+    yield "switch", plan.switch
+    yield from (("host", h.name) for h in plan.hosts)
+    yield from (("client", c.name) for c in plan.clients)
+    yield from (("VM", v.name) for v in plan.vms)
+
+
+def _check_addresses(plan: Plan) -> None:
+    try:
+        segment = IPv4Network(plan.management)
+    except ValueError as error:
+        raise PlanError(f"management {plan.management!r} is no IPv4 network; write it like 10.0.99.0/24") from error
+    for host in plan.hosts:
+        address = _address(host.management, f"host {host.name!r}, management")
+        if address not in segment:
+            raise PlanError(f"host {host.name!r}: {address} is outside the management network {segment}")
+        for port in host.vmkernel_ports:
+            _check_netmask(host, port)
+    things: tuple[Client | VM, ...] = (*plan.clients, *plan.vms)
+    for thing in things:
+        where = f"{type(thing).__name__} {thing.name!r}"
+        if "/" not in thing.ip:
+            raise PlanError(f"{where}: ip {thing.ip!r} lacks its prefix; write it like 10.0.0.11/24")
+        try:
+            IPv4Interface(thing.ip)
+        except ValueError as error:
+            raise PlanError(f"{where}: ip {thing.ip!r} is no IPv4 address with prefix") from error
+        if not _MAC.fullmatch(thing.mac):
+            raise PlanError(f"{where}: mac {thing.mac!r} is none; write it like 00:50:56:00:00:01, in lower case")
+        if int(thing.mac[:2], 16) & 1:
+            raise PlanError(f"{where}: mac {thing.mac} is a group address; a machine has a unicast one")
+
+
+def _address(text: str, where: str) -> IPv4Address:
+    try:
+        return IPv4Address(text)
+    except AddressValueError as error:
+        raise PlanError(f"{where}: {text!r} is no IPv4 address") from error
+
+
+def _check_netmask(host: Host, port: VMkernelPort) -> None:
+    where = f"host {host.name!r}, VMkernel port {port.name!r}"
+    _address(port.ip, f"{where}, ip")
+    if port.netmask.count(".") != 3:
+        # the article prints its second mask so; Python's ipaddress would name no reason
+        raise PlanError(f"{where}: netmask {port.netmask!r} has no four parts; for a /30 write 255.255.255.252")
+    try:
+        network = IPv4Network(f"0.0.0.0/{port.netmask}")
+    except (NetmaskValueError, ValueError) as error:
+        raise PlanError(f"{where}: {port.netmask!r} is no netmask; for a /30 write 255.255.255.252") from error
+    if str(network.netmask) != port.netmask:  # ipaddress also accepts inverted (wildcard) masks
+        raise PlanError(f"{where}: {port.netmask!r} is a wildcard, no netmask; write {network.hostmask}")
+    if port.interface.ip in (port.interface.network.network_address, port.interface.network.broadcast_address):
+        raise PlanError(f"{where}: {port.ip} is the network or broadcast address of {port.interface.network}")
+
+
+def _check_unique(plan: Plan) -> None:
+    ips = [(plan.manager_ip, "the manager")]
+    ips += [(h.management, f"host {h.name!r}") for h in plan.hosts]
+    ips += [(p.ip, f"host {h.name!r}, {p.name}") for h in plan.hosts for p in h.vmkernel_ports]
+    ips += [(str(c.interface.ip), f"client {c.name!r}") for c in plan.clients]
+    ips += [(str(v.interface.ip), f"VM {v.name!r}") for v in plan.vms]
+    macs = [(c.mac, f"client {c.name!r}") for c in plan.clients] + [(v.mac, f"VM {v.name!r}") for v in plan.vms]
+    for kind, pairs in (("IP address", ips), ("MAC", macs)):
+        owners: dict[str, str] = {}
+        for address, owner in pairs:
+            if address in owners:
+                raise PlanError(f"{owner} has the {kind} {address} of {owners[address]}; give it its own")
+            owners[address] = owner
+
+
+def _check_hosts(plan: Plan) -> None:
+    for host in plan.hosts:
+        groups = [group for vswitch in host.vswitches for group in vswitch.port_groups]
+        for group in groups:
+            if groups.count(group) > 1:
+                raise PlanError(f"host {host.name!r}: two vSwitches offer the port group {group!r}")
+        for port in host.vmkernel_ports:
+            if port.port_group not in groups:
+                raise PlanError(f"host {host.name!r}, {port.name}: no vSwitch offers the port group {port.port_group!r}")
+        devices = [v.name for v in host.vswitches] + [v.uplink for v in host.vswitches]
+        devices += [p.name for p in host.vmkernel_ports] + ["vmnic2"]
+        for device in devices:
+            if devices.count(device) > 1:
+                raise PlanError(f"host {host.name!r}: {device!r} is used twice")
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]{0,8}", device) or len(f"{host.name}-{device}") > 15:
+                raise PlanError(f"host {host.name!r}: {device!r} is too long for a device name")
+
+
+def _check_vmotion(plan: Plan) -> None:
+    networks: dict[str, IPv4Network] = {}
+    for host in plan.hosts:
+        ports = [port for port in host.vmkernel_ports if port.vmotion]
+        if len(ports) != 1:
+            raise PlanError(f"host {host.name!r} has {len(ports)} VMkernel ports for vMotion; enable it on one")
+        networks[host.name] = ports[0].interface.network
+    first, second = plan.hosts
+    if networks[first.name] != networks[second.name]:
+        raise PlanError(
+            f"the vMotion addresses of {first.name!r} ({networks[first.name]}) and {second.name!r} "
+            f"({networks[second.name]}) are in different subnets; they must share one"
+        )
+
+
+def _check_vms(plan: Plan) -> None:
+    if not plan.clients or not plan.vms:
+        raise PlanError("the plan needs at least one client and one VM")
+    hosts = [host.name for host in plan.hosts]
+    for vm in plan.vms:
+        if vm.host not in hosts:
+            raise PlanError(f"VM {vm.name!r} is on an unknown host {vm.host!r}; known are {', '.join(hosts)}")
+        for host in plan.hosts:
+            if not any(vm.port_group in v.port_groups for v in host.vswitches):
+                raise PlanError(f"VM {vm.name!r}: host {host.name!r} has no port group {vm.port_group!r}")
+        if vm.ram < MIN_RAM_BYTES or vm.ram % _PAGE:
+            raise PlanError(f"VM {vm.name!r}: RAM of {vm.ram} B; it must be at least 16MiB and whole 4 KiB pages")
+        if not 0 < vm.working_set <= vm.ram // 2:
+            raise PlanError(f"VM {vm.name!r}: working set of {vm.working_set} B; it must be above 0 and at most half of its RAM")
