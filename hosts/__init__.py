@@ -1,0 +1,1 @@
+"""The hypervisors and their manager: agents, guests, the migration engine."""
