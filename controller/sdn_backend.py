@@ -1,0 +1,79 @@
+"""The OpenFlow framework: the only module that names Ryu and os-ken, its maintained fork.
+
+SDN_BACKEND=ryu (default) or os_ken chooses one; the same application runs on both. Importing
+this module patches the standard library for eventlet, hence a controller is a process of its own.
+"""
+
+import importlib
+import importlib.util
+import os
+import socket
+import sys
+import warnings
+from typing import Any
+
+from topologies.errors import UsageError
+
+BACKEND = os.environ.get("SDN_BACKEND", "ryu")
+
+if BACKEND not in ("ryu", "os_ken") or importlib.util.find_spec(BACKEND) is None:
+    # At import, before any main(): the one place where a module may end the process.
+    print(f"SDN_BACKEND={BACKEND} is unknown or not installed; set it to ryu or os_ken", file=sys.stderr)
+    raise SystemExit(UsageError.exit_status)
+
+# os-ken's own threads cannot be killed, so there a lost switch would go unnoticed (os-ken 4.2.2).
+os.environ.setdefault("OSKEN_HUB_TYPE", "eventlet")
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{BACKEND}.{name}")
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # eventlet announces its retirement at every import
+    import eventlet.wsgi
+
+    if not hasattr(eventlet.wsgi, "ALREADY_HANDLED"):
+        eventlet.wsgi.ALREADY_HANDLED = []  # gone since eventlet 0.30.3, but Ryu 4.34 imports it
+    hub = _module("lib.hub")
+    hub.patch(thread=False)
+    _app_manager = _module("base.app_manager")
+    _controller = _module("controller.controller")
+    _handler = _module("controller.handler")
+    _OFPHandler: Any = _module("controller.ofp_handler").OFPHandler
+    ofp_event = _module("controller.ofp_event")
+
+App = _app_manager.RyuApp if BACKEND == "ryu" else _app_manager.OSKenApp
+OPENFLOW_1_3 = _module("ofproto.ofproto_v1_3").OFP_VERSION
+set_ev_cls = _handler.set_ev_cls
+MAIN_DISPATCHER, DEAD_DISPATCHER = _handler.MAIN_DISPATCHER, _handler.DEAD_DISPATCHER
+
+
+class _Handshake(_OFPHandler):
+    """The framework's half of a connection, without its own listener, whose failure nobody would see."""
+
+    def start(self) -> None:
+        App.start(self)
+
+
+def listen(host: str, port: int) -> Any:
+    """A listening socket; OSError if the address is not to be had.
+
+    Without SO_REUSEPORT, eventlet's default: two controllers on one port would share its switches by chance.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return hub.listen((host, port), family=family, reuse_port=False)
+
+
+def start(listener: Any, application: type, *args: Any) -> None:
+    """Instantiate and start the application and serve the switches that connect; returns at once."""
+    manager = _app_manager.AppManager.get_instance()
+    for app in (manager.instantiate(_Handshake), manager.instantiate(application, *args)):
+        app.start()
+    hub.spawn(_serve, listener)
+
+
+def _serve(listener: Any) -> None:
+    while True:
+        connection, address = listener.accept()
+        hub.spawn(_controller.datapath_connection_factory, connection, address)

@@ -1,0 +1,93 @@
+"""A program that runs beside an experiment: started, awaited until it says that it is up, stopped, never left behind.
+
+The parent's side is `Child`. The child's side, for programs of ours, is `say_ready` and `Stop`: it writes the line
+`ready`, works until SIGTERM, then finishes and exits 0; or it says in one line on stderr why not, and exits 1.
+Output goes to a log file, whose last line is what an error message quotes.
+"""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from topologies.errors import TestbedError
+
+# popen(list of words, **keywords of subprocess.Popen) starts a program somewhere: `subprocess.Popen` here,
+# Mininet's `node.popen` in the node's namespace. The process it returns must be the program itself: with
+# `mnexec -d` that holds as long as the caller asks for no new session or process group.
+Popen = Callable[..., "subprocess.Popen[Any]"]
+
+READY = "ready"
+_LOOK_EVERY_S = 0.005
+
+
+class Child:
+    """One program that we started and therefore own."""
+
+    def __init__(self, name: str, popen: Popen, words: list[str], log: Path, cwd: Path) -> None:
+        self.name = name
+        self._log = log
+        with open(log, "wb") as output:
+            self.process = popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=cwd)
+
+    def said(self) -> list[str]:
+        """The lines it has written so far."""
+        return self._log.read_text(errors="replace").splitlines()
+
+    def wait_for(self, prefix: str, deadline: float) -> None:
+        """Return when it has written a line with this prefix; TestbedError if it ends or the deadline passes.
+
+        Deadlines are on the monotonic clock, in seconds.
+        """
+        while not any(line.startswith(prefix) for line in self.said()):
+            status = self.process.poll()
+            if status is not None:
+                raise TestbedError(f"{self.name} ended with status {status} before it was up: {self._last_words()}")
+            if time.monotonic() > deadline:
+                raise TestbedError(f"{self.name} did not come up in time: {self._last_words()}")
+            time.sleep(_LOOK_EVERY_S)
+
+    def tell(self, number: signal.Signals) -> None:
+        """Ask it to end; `wait` says whether it did."""
+        self.process.send_signal(number)
+
+    def wait(self, deadline: float) -> None:
+        """Return when it has ended well; TestbedError if it failed or the deadline passes."""
+        try:
+            status = self.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise TestbedError(f"{self.name} did not end in time: {self._last_words()}") from None
+        if status:
+            raise TestbedError(f"{self.name} ended with status {status}: {self._last_words()}")
+
+    def kill(self) -> None:
+        """End it whatever state it is in, and reap it."""
+        self.process.kill()
+        self.process.wait()
+
+    def _last_words(self) -> str:
+        lines = [line for line in self.said() if line.strip()]
+        return lines[-1] if lines else "it said nothing"
+
+
+def say_ready() -> None:
+    print(READY, flush=True)
+
+
+class Stop:
+    """SIGTERM, noted: `at_ns` (monotonic) is 0 until it has come."""
+
+    def __init__(self) -> None:
+        self.at_ns = 0
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the experiment's, which then ends us
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.at_ns = self.at_ns or time.monotonic_ns()
+
+    def wait(self) -> None:
+        while not self.at_ns:
+            time.sleep(_LOOK_EVERY_S)

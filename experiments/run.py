@@ -1,0 +1,127 @@
+"""One run of an experiment: its options, its results folder, its events, its manifest.
+
+    results/<experiment>-<UTC time>/     summary.json  events.jsonl  manifest.json  capture.pcapng  pcap/  logs/
+    results/latest                       a link to the newest
+"""
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hosts.policy import Policy
+from topologies.errors import UsageError
+from topologies.events import EventLog, clock_pair
+from topologies.plan import Plan
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a person chose, checked; `plan` has the VM options applied."""
+
+    plan: Plan
+    plan_file: Path
+    announce: str
+    schedule_ms: tuple[int, ...]
+    policy: Policy
+    seed: int
+    out: Path | None
+    command_line: tuple[str, ...] = field(default=tuple(sys.argv))
+
+
+class Run:
+    """A run that has begun: the folder exists, events can be written."""
+
+    def __init__(self, experiment: str, options: Options) -> None:
+        self.experiment, self.options = experiment, options
+        self.folder = _new_folder(experiment, options.out)
+        self.logs, self.pcap = self.folder / "logs", self.folder / "pcap"
+        for folder in (self.logs, self.pcap):
+            folder.mkdir()
+        self.events_file = self.folder / "events.jsonl"
+        self.events = EventLog(self.events_file, "testbed")
+        self.events.emit("run.begin", experiment=experiment, clocks=clock_pair())
+        self._write("manifest.json", self._manifest())
+
+    @property
+    def plan(self) -> Plan:
+        return self.options.plan
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """summary.json, and results/latest (when the folder is one of the default ones)."""
+        self.events.emit("run.end", verdict=summary["verdict"], clocks=clock_pair())
+        self._write("summary.json", summary)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def _manifest(self) -> dict[str, Any]:
+        return {
+            "experiment": self.experiment,
+            "command_line": list(self.options.command_line),
+            "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+            "kernel": platform.release(),
+            "machine": f"{platform.machine()}, {_cpus()} CPUs",
+            "python": platform.python_version(),
+            "versions": {program: _version(*words) for program, words in _PROGRAMS.items()},
+            "plan_file": str(self.options.plan_file),
+            "plan": asdict(self.options.plan),
+            "policy": {"downtime_ms": self.options.policy.downtime_ms, "timeout_s": self.options.policy.timeout_s},
+            "announce": {"mode": self.options.announce, "schedule_ms": list(self.options.schedule_ms)},
+            "seed": self.options.seed,
+        }
+
+
+_PROGRAMS = {
+    "openvswitch": ("ovs-vswitchd", "--version"),
+    "dumpcap": ("dumpcap", "--version"),
+    "iproute2": ("ip", "-V"),
+    "ping": ("ping", "-V"),
+}
+
+
+def _version(*words: str) -> str:
+    out = subprocess.run(words, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"\d+(\.\d+)+|iproute2-[\w.]+|\b20\d{6}\b", out)
+    return found[0] if found else "unknown"
+
+
+def _cpus() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+def _new_folder(experiment: str, out: Path | None) -> Path:
+    if out is not None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f"the results folder {out} is occupied; name a new or an empty one")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"the results folder {out} cannot be made: {error.strerror}") from error
+        return out.resolve()
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    RESULTS.mkdir(exist_ok=True)
+    for suffix in ("", *(f".{number}" for number in range(2, 100))):  # runs that begin in the same second
+        folder = RESULTS / f"{experiment}-{stamp}Z{suffix}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        _point_latest_at(folder)
+        return folder
+    raise UsageError(f"there are a hundred runs of {experiment} in this second; wait for one")
+
+
+def _point_latest_at(folder: Path) -> None:
+    draft = folder.with_name(f".latest-{folder.name}")
+    draft.symlink_to(folder.name)
+    draft.replace(RESULTS / "latest")

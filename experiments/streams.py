@@ -1,0 +1,299 @@
+"""The transactions and bulk probes: one TCP connection each, opened once and never again.
+
+When a connection breaks, that is a finding and not an error: the result says so, and the probe stays until
+SIGTERM, so that the silence after it has its true length. "Survived" means that one and the same connection
+served the right answers, or the right bytes, to the end.
+"""
+
+import random
+import socket
+import struct
+import time
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from experiments.children import Stop, say_ready
+from hosts import bulk as content
+from topologies.errors import TestbedError
+
+TRANSACTION_INTERVAL_NS = 1_000_000  # at most a transaction per ms: the resolution of a stall
+CONNECT_TIMEOUT_S = 10
+ANSWER_TIMEOUT_S = 60.0  # longer than any switchover: a stalled connection is slow, not dead
+SILENCE_POLL_S = 0.1  # how late a reader of a silent bulk stream notices SIGTERM
+BULK_READ_BYTES = 65536
+BULK_GRAIN_NS = 1_000_000  # at most two arrival times are kept per ms: 1 MB a minute
+
+_TOTAL_RETRANSMITS = struct.Struct("@100xI")  # tcpi_total_retrans of struct tcp_info, linux/tcp.h
+
+
+class BrokenConnectionError(TestbedError):
+    """The end of a probe's only connection; the text goes into the result."""
+
+
+class TransactionsResult(msgspec.Struct, frozen=True):
+    """What the transaction client saw, times in monotonic ns.
+
+    `lost` and `duplicated` count among the `audited` acknowledged transfers. Without a connection there is no
+    audit: then `audited` is 0 and `total_conserved` null.
+    """
+
+    connection_survived: bool
+    failure: str
+    stopped_ns: int
+    client: int
+    local_port: int
+    retransmits: int  # of the client's own segments
+    sent: int
+    acked: int
+    audited: int
+    lost: int
+    duplicated: int
+    total_conserved: bool | None
+    arrived_ns: list[int]  # of each answer
+
+
+class BulkResult(msgspec.Struct, frozen=True):
+    """What the bulk reader saw, times in monotonic ns; silences of at least BULK_GRAIN_NS are exact."""
+
+    connection_survived: bool
+    failure: str
+    stopped_ns: int
+    local_port: int
+    verified_bytes: int
+    arrived_ns: list[int]
+
+
+# ---------------------------------------------------------------- the judgement (pure)
+
+
+class Entry(NamedTuple):
+    """A record of the ledger, its fields in the order of hosts.ledger.RECORD."""
+
+    entry: int
+    sequence: int
+    client: int
+    source: int
+    target: int
+    amount: int
+
+
+class Audit(NamedTuple):
+    audited: int
+    lost: int
+    duplicated: int
+
+
+def transfers(client: int, accounts: int) -> Iterator[tuple[int, int, int, int]]:
+    """A client's transfers for ever, the same each time: sequence number from 1 on, source, target, amount."""
+    chance = random.Random(client)
+    sequence = 0
+    while True:
+        sequence += 1
+        yield sequence, chance.randrange(accounts), chance.randrange(accounts), chance.randrange(1, 101)
+
+
+def audit(acked: Sequence[Entry], ledger: Sequence[Entry]) -> Audit:
+    """Compare what the server has acknowledged to one client with the ledger's records, oldest first.
+
+    Lost is an acknowledged transfer that its entry does not hold exactly. Entries older than the oldest record
+    were overwritten in the ring and cannot be audited.
+    """
+    oldest = ledger[0].entry if ledger else 1
+    auditable = [entry for entry in acked if entry.entry >= oldest]
+    held = set(ledger)
+    copies = Counter((record.client, record.sequence) for record in ledger)
+    return Audit(
+        audited=len(auditable),
+        lost=sum(entry not in held for entry in auditable),
+        duplicated=sum(copies[entry.client, entry.sequence] > 1 for entry in auditable),
+    )
+
+
+def verify(data: bytes, offset: int) -> None:
+    """BrokenConnectionError at the first byte that the bulk stream does not have at this offset."""
+    expected = content.pattern(offset, len(data))
+    if data != expected:
+        at = next(i for i, (got, wanted) in enumerate(zip(data, expected, strict=True)) if got != wanted)
+        raise BrokenConnectionError(f"byte {offset + at} of the stream is {data[at]:#04x}, not {expected[at]:#04x}")
+
+
+class Arrivals:
+    """Arrival times in bounded memory: both ends of every silence of at least the grain are kept."""
+
+    def __init__(self) -> None:
+        self._kept = array("q")
+        self._latest = 0
+
+    def add(self, now_ns: int) -> None:
+        """Note an arrival; times must not decrease."""
+        if not self._kept or now_ns - self._latest >= BULK_GRAIN_NS or now_ns - self._kept[-1] >= BULK_GRAIN_NS:
+            self._keep_latest()
+            self._kept.append(now_ns)
+        self._latest = now_ns
+
+    def all(self) -> list[int]:
+        """What was kept, the first and the latest arrival included."""
+        self._keep_latest()
+        return self._kept.tolist()
+
+    def _keep_latest(self) -> None:
+        if self._kept and self._latest > self._kept[-1]:
+            self._kept.append(self._latest)
+
+
+# ---------------------------------------------------------------- the connections
+
+
+def _connect(target: str, port: int, silence_s: float) -> socket.socket:
+    """A connection whose recv ends with BlockingIOError after a silence, without a poll before each recv."""
+    sock = socket.create_connection((target, port), CONNECT_TIMEOUT_S)
+    sock.settimeout(None)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(silence_s), int(silence_s % 1 * 1e6)))
+    return sock
+
+
+class TransactionClient:
+    """A client of the transaction server: transfers in a closed loop, then a look at the whole ledger."""
+
+    def __init__(self, sock: socket.socket, client: int) -> None:
+        from hosts import ledger  # numpy: 0.1 s that the other probes need not spend
+
+        self._wire = ledger
+        self._socket = sock
+        self.client = client
+        self.sent = 0
+        self.entries = array("Q")  # that the transfers 1, 2, 3, ... have become
+        self.arrived_ns = array("q")
+
+    def run(self, stop: Stop) -> None:
+        """Transfer until SIGTERM; BrokenConnectionError or OSError when the connection does not last."""
+        for transfer in transfers(self.client, self._wire.ACCOUNTS):
+            if stop.at_ns:
+                break
+            begin_ns = time.monotonic_ns()
+            self._transfer(*transfer)
+            if len(self.entries) == 1:
+                say_ready()
+            time.sleep(max(0, begin_ns + TRANSACTION_INTERVAL_NS - time.monotonic_ns()) / 1e9)
+
+    def audit(self) -> tuple[Audit, bool]:
+        """The verdict on every transfer, and whether the total of all accounts is what it was."""
+        known = zip(self.entries, transfers(self.client, self._wire.ACCOUNTS), strict=False)
+        acked = [Entry(entry, sequence, self.client, *rest) for entry, (sequence, *rest) in known]
+        records, total = self._read_ledger()
+        return audit(acked, records), total == self._wire.ACCOUNTS * self._wire.OPENING_BALANCE
+
+    def _transfer(self, sequence: int, source: int, target: int, amount: int) -> None:
+        wire = self._wire
+        self._socket.sendall(wire.REQUEST.pack(wire.TRANSFER, self.client, sequence, source, target, amount))
+        self.sent += 1
+        kind, answered, entry = wire.REPLY.unpack(self._receive(wire.REPLY.size))
+        now_ns = time.monotonic_ns()
+        if (kind, answered) != (wire.DONE, sequence):
+            raise BrokenConnectionError(f"transfer {sequence} was answered by {kind!r} {answered}")
+        if self.entries and entry <= self.entries[-1]:
+            raise BrokenConnectionError(f"transfer {sequence} became entry {entry} after entry {self.entries[-1]}")
+        self.entries.append(entry)
+        self.arrived_ns.append(now_ns)
+
+    def _read_ledger(self) -> tuple[list[Entry], int]:
+        wire = self._wire
+        records: list[Entry] = []
+        while True:
+            first = records[-1].entry + 1 if records else 1
+            self._socket.sendall(wire.REQUEST.pack(wire.AUDIT, self.client, first, 0, 0, wire.MAX_AUDIT_RECORDS))
+            kind, count, total = wire.REPLY.unpack(self._receive(wire.REPLY.size))
+            if kind != wire.LEDGER or count > wire.MAX_AUDIT_RECORDS:
+                raise BrokenConnectionError(f"the audit from entry {first} on was answered by {kind!r} {count}")
+            part = self._receive(count * wire.RECORD.itemsize)
+            records += [Entry(*fields) for fields in struct.iter_unpack("!QQIIII", part)]
+            if count < wire.MAX_AUDIT_RECORDS:
+                return records, total
+
+    def _receive(self, length: int) -> bytes:
+        data = b""
+        while len(data) < length:
+            try:
+                more = self._socket.recv(length - len(data))
+            except BlockingIOError:
+                raise BrokenConnectionError(f"no answer for {ANSWER_TIMEOUT_S:.0f} s") from None
+            if not more:
+                raise BrokenConnectionError("the VM closed the connection")
+            data += more
+        return data
+
+
+def transactions(target: str, seed: int, stop: Stop) -> TransactionsResult:
+    """Transfers until SIGTERM, then the audit over the same connection.
+
+    The client's id and its transfers follow from the seed: clients of one VM need different seeds.
+    """
+    from hosts import ledger
+
+    failure, verdict, conserved = "", Audit(0, 0, 0), None
+    with _connect(target, ledger.PORT, ANSWER_TIMEOUT_S) as sock:
+        local_port = sock.getsockname()[1]
+        client = TransactionClient(sock, random.Random(seed).getrandbits(32))
+        try:
+            client.run(stop)
+            verdict, conserved = client.audit()
+        except (OSError, BrokenConnectionError) as error:
+            if not client.entries:
+                raise
+            failure = str(error)
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TOTAL_RETRANSMITS.size)
+    stop.wait()
+    return TransactionsResult(
+        connection_survived=not failure,
+        failure=failure,
+        stopped_ns=stop.at_ns,
+        client=client.client,
+        local_port=local_port,
+        retransmits=_TOTAL_RETRANSMITS.unpack(info)[0],
+        sent=client.sent,
+        acked=len(client.entries),
+        **verdict._asdict(),
+        total_conserved=conserved,
+        arrived_ns=client.arrived_ns.tolist(),
+    )
+
+
+def bulk(target: str, stop: Stop) -> BulkResult:
+    """Read and verify the bulk stream until SIGTERM."""
+    failure, offset, arrivals = "", 0, Arrivals()
+    with _connect(target, content.PORT, SILENCE_POLL_S) as sock:
+        local_port = sock.getsockname()[1]
+        try:
+            while not stop.at_ns:
+                try:
+                    data = sock.recv(BULK_READ_BYTES)
+                except BlockingIOError:  # a silence
+                    continue
+                now_ns = time.monotonic_ns()
+                if not data:
+                    raise BrokenConnectionError("the VM closed the connection")
+                verify(data, offset)
+                if offset == 0:
+                    say_ready()
+                offset += len(data)
+                arrivals.add(now_ns)
+        except (OSError, BrokenConnectionError) as error:
+            failure = str(error)
+            if not offset:
+                raise
+    stop.wait()
+    if not offset:
+        raise TestbedError("the stream brought nothing")
+    return BulkResult(
+        connection_survived=not failure,
+        failure=failure,
+        stopped_ns=stop.at_ns,
+        local_port=local_port,
+        verified_bytes=offset,
+        arrived_ns=arrivals.all(),
+    )

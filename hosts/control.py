@@ -1,0 +1,227 @@
+"""The control API between the manager and the agents: JSON lines over TLS, both sides with a certificate.
+
+Every request is one line; the answer is any number of Notice lines and then one Reply or one Refusal.
+The authority is made for one run, in memory (`trustme`); a caller without a certificate of it does not
+get past the handshake, and only the manager's name may give orders.
+"""
+
+import socket
+import socketserver
+import ssl
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hosts.policy import Policy
+from topologies.errors import TestbedError
+from topologies.plan import VM
+
+PORT = 8443
+MANAGER = "vcenter"
+_MAX_LINE_BYTES = 1 << 20
+_HANDSHAKE_TIMEOUT_S = 5.0
+# An agent reports at least every round; the longest silence is filling the RAM of a large VM.
+_ANSWER_TIMEOUT_S = 180.0
+
+
+class ControlError(TestbedError):
+    """An agent could not be reached, or refused; the message says which and why."""
+
+
+class Request(msgspec.Struct, tag=True, frozen=True):
+    """Base of all requests."""
+
+
+class PowerOn(Request, frozen=True):
+    """Start a VM here with fresh RAM. `announce`, `schedule_ms`: as in hosts/announce.py."""
+
+    vm: VM
+    announce: str
+    schedule_ms: tuple[int, ...]
+
+
+class PowerOff(Request, frozen=True):
+    vm: str
+
+
+class Prepare(Request, frozen=True):
+    """Make ready for a VM to come. Replies {"token", "ip", "port"}: where its source has to connect."""
+
+    vm: VM
+    migration: str
+    announce: str
+    schedule_ms: tuple[int, ...]
+
+
+class Migrate(Request, frozen=True):
+    """Move a VM to a host that is prepared. Notices are Progress; replies an Outcome (hosts/source.py)."""
+
+    vm: str
+    migration: str
+    ip: str
+    port: int
+    token: str
+    policy: Policy
+
+
+class Cancel(Request, frozen=True):
+    """Give up a migration that leaves from here, at its next round."""
+
+    migration: str
+
+
+class Abandon(Request, frozen=True):
+    """Forget a preparation; nothing happens if there is none."""
+
+    migration: str
+
+
+class Status(Request, frozen=True):
+    """Replies {"host", "vms": {name: generation}, "memory_bytes"}: memory beyond the guests' RAM."""
+
+
+class Notice(msgspec.Struct, tag=True, frozen=True):
+    content: Any
+
+
+class Reply(msgspec.Struct, tag=True, frozen=True):
+    content: Any
+
+
+class Refusal(msgspec.Struct, tag=True, frozen=True):
+    reason: str
+
+
+_requests = msgspec.json.Decoder(PowerOn | PowerOff | Prepare | Migrate | Cancel | Abandon | Status)
+_answers = msgspec.json.Decoder(Notice | Reply | Refusal)
+
+# A handler gets the request and a function for notices, and returns the reply's content.
+Notify = Callable[[Any], None]
+Handler = Callable[[Any, Notify], Any]
+
+
+# ---------------------------------------------------------------- certificates
+
+
+def issue_certificates(folder: Path, names: dict[str, list[str]]) -> None:
+    """A new authority, and for each name a certificate for its addresses: <folder>/ca.pem, <name>.pem (key included)."""
+    import trustme
+
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    for name, addresses in names.items():
+        certificate = authority.issue_cert(*addresses, common_name=name)
+        path = folder / f"{name}.pem"
+        path.touch(mode=0o600)
+        certificate.private_key_and_cert_chain_pem.write_to_path(path)
+
+
+def tls_context(folder: Path, name: str, server: bool) -> ssl.SSLContext:
+    """TLS 1.3 as `name`; the peer must have a certificate of the run's authority."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(folder / "ca.pem")
+    context.load_cert_chain(folder / f"{name}.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def _common_name(sock: ssl.SSLSocket) -> str:
+    subject: Any = (sock.getpeercert() or {}).get("subject", ())
+    return next((value for part in subject for key, value in part if key == "commonName"), "")
+
+
+# ---------------------------------------------------------------- the agent's side
+
+
+class ControlServer(socketserver.ThreadingTCPServer):
+    """Serves the control API on one address; each connection has a thread, each request its handler."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, ip: str, context: ssl.SSLContext, handler: Handler, log: Callable[[str], None]) -> None:
+        self.context, self.handler, self.log = context, handler, log
+        super().__init__((ip, PORT), _Connection)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.log(f"control connection of {client_address}: {traceback.format_exc()}")
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    server: ControlServer
+
+    def handle(self) -> None:
+        self.request.settimeout(_HANDSHAKE_TIMEOUT_S)
+        try:
+            with self.server.context.wrap_socket(self.request, server_side=True) as sock:
+                caller = _common_name(sock)
+                if caller != MANAGER:
+                    self.server.log(f"{self.client_address}: {caller!r} may not give orders")
+                    return
+                sock.settimeout(None)
+                with sock.makefile("rb") as lines:
+                    while line := lines.readline(_MAX_LINE_BYTES):
+                        self._say(sock, self._answer(sock, line))
+        except (OSError, EOFError) as error:  # a refused certificate, a caller that went away
+            self.server.log(f"{self.client_address}: {error}")
+
+    def _answer(self, sock: ssl.SSLSocket, line: bytes) -> Reply | Refusal:
+        def notify(content: Any) -> None:
+            try:
+                self._say(sock, Notice(content))
+            except OSError as error:  # what was begun goes on without its audience
+                self.server.log(f"{self.client_address}: gone, not told {content}: {error}")
+
+        try:
+            return Reply(self.server.handler(_requests.decode(line), notify))
+        except (TestbedError, msgspec.MsgspecError) as error:
+            return Refusal(str(error))
+        except Exception as error:  # a bug in the agent is told to the caller, and its trace kept
+            self.server.log(traceback.format_exc())
+            return Refusal(f"internal error: {error!r}; see the agent's log")
+
+    @staticmethod
+    def _say(sock: ssl.SSLSocket, answer: msgspec.Struct) -> None:
+        sock.sendall(msgspec.json.encode(answer) + b"\n")
+
+
+# ---------------------------------------------------------------- the manager's side
+
+
+class AgentClient:
+    """A connection to one host's agent."""
+
+    def __init__(self, host: str, ip: str, certificates: Path) -> None:
+        self.host = host
+        context = tls_context(certificates, MANAGER, server=False)
+        try:
+            plain = socket.create_connection((ip, PORT), _HANDSHAKE_TIMEOUT_S)
+            self._socket = context.wrap_socket(plain, server_hostname=ip)
+        except OSError as error:
+            raise ControlError(f"host {host}: its agent at {ip} cannot be reached: {error}") from error
+        self._socket.settimeout(_ANSWER_TIMEOUT_S)
+        self._lines = self._socket.makefile("rb")
+
+    def call(self, request: Request, notice: Callable[[Any], None] = lambda content: None) -> Any:
+        """Send a request and return its reply; ControlError if it is refused or the agent is gone."""
+        try:
+            self._socket.sendall(msgspec.json.encode(request) + b"\n")
+            while line := self._lines.readline():
+                match _answers.decode(line):
+                    case Notice(content=content):
+                        notice(content)
+                    case Reply(content=content):
+                        return content
+                    case Refusal(reason=reason):
+                        raise ControlError(f"host {self.host}: {reason}")
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ControlError(f"host {self.host}: its agent is gone ({error})") from error
+        raise ControlError(f"host {self.host}: its agent is gone")
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()

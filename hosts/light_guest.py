@@ -1,0 +1,368 @@
+"""The light guest: a process in the VM's own network namespace, in the place of a virtual machine.
+
+    python -m hosts.light_guest CHANNEL_FD RAM_FD
+
+Real are its memory (RAM that is migrated page by page), its network stack and its sockets; there is
+no CPU to emulate. All its program state is in RAM or in its DeviceState, so that the process on the
+other host, which is another one, continues where this one stopped. Its workloads:
+
+    transaction server   TCP 7100   hosts/ledger.py, accounts and ledger in RAM
+    bulk stream          TCP 7200   hosts/bulk.py, paced
+    UDP echo             UDP 7      RFC 862
+    memory dirtier       writes pages of a working set at a rate
+    ping                 answered by the namespace's kernel
+
+RAM, in pages:  0 header | ledger | working set | the rest;  from the working set on filled with random data.
+"""
+
+import array
+import fcntl
+import os
+import selectors
+import socket
+import struct
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+import numpy as np
+
+from hosts import bulk, channel, ledger, sockets
+from hosts.ram import PAGE, Ram, arm
+from topologies.errors import TestbedError
+from topologies.plan import VM
+
+ECHO_PORT = 7
+_TICK_S = 0.002  # the dirtier and the bulk stream work in steps: short against every downtime we aim at
+_MAGIC = 0x564D_4F54_4947_5354
+_FILL_CHUNK = 16 * 2**20
+
+
+class Connection(msgspec.Struct):
+    """An open TCP connection: its kernel state when frozen, and what the program knows about it."""
+
+    service: str  # "transactions" or "bulk"
+    received: bytes = b""  # the beginning of a request
+    unsent: bytes = b""  # replies that did not fit into the socket
+    offset: int = 0  # bulk: bytes of the stream handed to the kernel
+    tcp: sockets.TcpState | None = None
+
+
+class DeviceState(msgspec.Struct, frozen=True):
+    """What is not in RAM: the CPU and device registers of this machine."""
+
+    connections: list[Connection]
+    datagrams: list[tuple[bytes, tuple[str, int]]]  # received by the kernel, not yet by the program
+    neighbours: list[tuple[str, str]]  # the ARP table: IP, MAC
+    dropped_connections: int  # not ESTABLISHED: closed, not carried
+
+
+class Memory:
+    """Where everything lies in RAM (see the module)."""
+
+    def __init__(self, ram: Ram, vm: VM) -> None:
+        ledger_pages = min(ram.pages // 16, 8192)  # a sixteenth of RAM, 32 MiB at most: a million transfers
+        self.header = ram.words[0]  # [0] magic, [1] pages the dirtier has written, [2] datagrams echoed
+        self.ledger = ledger.Ledger(ram.buffer[PAGE : (1 + ledger_pages) * PAGE])
+        first = 1 + ledger_pages
+        self.working_set = ram.words[first : first + vm.working_set // PAGE]
+        self._rest = ram.bytes[first * PAGE :]
+        self._fill_bytes = min(int(vm.fill * ram.size) // 8 * 8, self._rest.size)
+
+    def format(self) -> None:
+        """A power-on: random data as far as `fill` says (incompressible, so that every page has to cross)."""
+        random = np.random.Generator(np.random.SFC64(len(self._rest)))
+        for at in range(0, self._fill_bytes, _FILL_CHUNK):
+            piece = self._rest[at : min(at + _FILL_CHUNK, self._fill_bytes)]
+            piece[:] = np.frombuffer(random.bytes(piece.size), np.uint8)
+        self.header[:3] = (_MAGIC, 0, 0)
+        self.ledger.format()
+
+    def check(self) -> None:
+        if int(self.header[0]) != _MAGIC:
+            raise TestbedError("the RAM that arrived is not a guest's")
+
+
+class LightGuest:
+    """The program: one loop, one thread. `running` is the virtual CPU's state."""
+
+    def __init__(self, control: socket.socket, ram: Ram) -> None:
+        self.control, self.ram = control, ram
+        self.running = False
+        self.vm: VM
+        self.memory: Memory
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(control, selectors.EVENT_READ, self.obey)
+        self.listeners: dict[socket.socket, str] = {}
+        self.connections: dict[socket.socket, Connection] = {}
+        self.echo: socket.socket
+        self.pending: list[tuple[bytes, tuple[str, int]]] = []
+        self.frozen: list[tuple[socket.socket, sockets.TcpState | None]] = []
+        self._last_tick = 0.0
+
+    def serve(self) -> NoReturn:
+        """Until the agent closes the channel: EOFError."""
+        while True:
+            if not self.running:
+                self.obey(self.control)
+                continue
+            ready = {key.fileobj: key.data for key, _ in self.selector.select(self._until_tick())}
+            if self.control in ready:  # alone: after a suspend no socket may be touched
+                self.obey(self.control)
+                continue
+            for fileobj, handle in ready.items():
+                handle(fileobj)
+            if self._until_tick() == 0:
+                self.tick()
+
+    def _until_tick(self) -> float:
+        return max(0.0, self._last_tick + _TICK_S - time.monotonic())
+
+    # ------------------------------------------------------------ the agent's requests
+
+    def obey(self, control: socket.socket) -> None:
+        request = channel.receive(control)
+        try:
+            reply = self._do(request)
+        except (TestbedError, OSError, msgspec.MsgspecError) as error:
+            reply = channel.Failed(f"{type(request).__name__}: {error}")
+        channel.send(control, reply)
+
+    def _do(self, request: channel.Message) -> channel.Message:
+        match request:
+            case channel.Boot(vm=vm):
+                ready = self._ready(vm)
+                self.memory.format()
+                self._open_services()
+                self._run()
+                return ready
+            case channel.Await(vm=vm):
+                return self._ready(vm)
+            case channel.Suspend():
+                return channel.State(msgspec.msgpack.encode(self._suspend()))
+            case channel.Restore(device=device):
+                self._restore(msgspec.msgpack.decode(device, type=DeviceState))
+                return channel.Done()
+            case channel.Run():
+                self._run()
+                return channel.Done()
+        raise TestbedError(f"a guest does not understand {type(request).__name__}")
+
+    def _ready(self, vm: VM) -> channel.Ready:
+        self.vm, self.memory = vm, Memory(self.ram, vm)
+        return channel.Ready(self.ram.address, arm(self.ram))
+
+    def _suspend(self) -> DeviceState:
+        """Between two steps of the loop nothing is half done: all state is in RAM and in the sockets."""
+        self.running = False
+        for listener, service in self.listeners.items():  # established, not yet accepted: they are ours to carry
+            while self.accept(listener, service):
+                pass
+        datagrams = self.pending + _drain(self.echo)
+        carried, dropped = [], 0
+        for sock, connection in self.connections.items():
+            tcp = sockets.checkpoint(sock)
+            dropped += tcp is None
+            if tcp is not None:
+                self.frozen.append((sock, None))
+                carried.append(msgspec.structs.replace(connection, tcp=tcp))
+        self.pending = datagrams  # for the case that the migration is in vain
+        return DeviceState(carried, datagrams, _neighbours(), dropped)
+
+    def _restore(self, state: DeviceState) -> None:
+        self.memory.check()
+        self.memory = Memory(self.ram, self.vm)  # the ledger's clients are in the RAM that has arrived
+        self._open_services()
+        for connection in state.connections:
+            if connection.tcp is None:
+                raise TestbedError(f"a {connection.service} connection came without its TCP state")
+            sock = sockets.restore(connection.tcp)
+            self.frozen.append((sock, connection.tcp))
+            self._adopt(sock, msgspec.structs.replace(connection, tcp=None))
+        self.pending = state.datagrams
+        for ip, mac in state.neighbours:
+            _add_neighbour(ip, mac)
+
+    def _run(self) -> None:
+        """The virtual CPU starts, or starts again after a suspend that was in vain."""
+        for sock, tcp in self.frozen:
+            sockets.release(sock, tcp)
+            sock.setblocking(False)
+        self.frozen.clear()
+        for data, sender in self.pending:
+            self.echo.sendto(data, sender)
+        self.pending = []
+        self.running, self._last_tick = True, time.monotonic()
+
+    # ------------------------------------------------------------ services
+
+    def _open_services(self) -> None:
+        self.echo = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.echo.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * 2**20)
+        self.echo.bind((str(self.vm.interface.ip), ECHO_PORT))
+        self.echo.setblocking(False)
+        self.selector.register(self.echo, selectors.EVENT_READ, self.answer_datagrams)
+        for port, service in ((ledger.PORT, "transactions"), (bulk.PORT, "bulk")):
+            listener = socket.create_server((str(self.vm.interface.ip), port))
+            listener.setblocking(False)
+            self.listeners[listener] = service
+            self.selector.register(listener, selectors.EVENT_READ, partial(self.accept, service=service))
+
+    def accept(self, listener: socket.socket, service: str) -> bool:
+        """Take the next connection of a listener, if there is one."""
+        try:
+            sock, _ = listener.accept()
+        except BlockingIOError:
+            return False
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._adopt(sock, Connection(service))
+        return True
+
+    def _adopt(self, sock: socket.socket, connection: Connection) -> None:
+        self.connections[sock] = connection
+        self.selector.register(sock, selectors.EVENT_READ, self.read)
+
+    def _drop(self, sock: socket.socket) -> None:
+        self.selector.unregister(sock)
+        del self.connections[sock]
+        sock.close()
+
+    def answer_datagrams(self, echo: socket.socket) -> None:
+        for data, sender in _drain(echo):
+            echo.sendto(data, sender)
+            self.memory.header[2] += np.uint64(1)
+
+    def read(self, sock: socket.socket) -> None:
+        """Requests on a transaction connection; a bulk client says nothing but good-bye."""
+        connection = self.connections[sock]
+        try:
+            data = sock.recv(1 << 16)
+            if data and connection.service == "transactions":
+                self._answer(sock, connection, connection.received + data)
+        except BlockingIOError:
+            return
+        except (ConnectionError, ledger.LedgerError) as error:
+            print(f"{connection.service} connection closed: {error}", file=sys.stderr, flush=True)
+            data = b""
+        if not data:
+            self._drop(sock)
+
+    def _answer(self, sock: socket.socket, connection: Connection, received: bytes) -> None:
+        size = ledger.REQUEST.size
+        whole = len(received) - len(received) % size
+        connection.received = received[whole:]
+        replies = b"".join(self._reply(received[at : at + size]) for at in range(0, whole, size))
+        self._send(sock, connection, connection.unsent + replies)
+
+    def _reply(self, request: bytes) -> bytes:
+        kind, client, sequence, source, target, amount = ledger.REQUEST.unpack(request)
+        if kind == ledger.TRANSFER:
+            entry = self.memory.ledger.apply(ledger.Transfer(client, sequence, source, target, amount))
+            return ledger.REPLY.pack(ledger.DONE, sequence, entry)
+        if kind == ledger.AUDIT:
+            records = self.memory.ledger.records(sequence, amount)
+            return ledger.REPLY.pack(ledger.LEDGER, len(records), self.memory.ledger.total) + records.tobytes()
+        raise ledger.LedgerError(f"{kind!r} is no request")
+
+    def _send(self, sock: socket.socket, connection: Connection, data: bytes) -> int:
+        """Hand data to the kernel; what does not fit is kept and sent in later ticks."""
+        try:
+            sent = sock.send(data) if data else 0
+        except BlockingIOError:
+            sent = 0
+        connection.unsent = data[sent:]
+        return sent
+
+    # ------------------------------------------------------------ what happens without being asked
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        # after a pause (a suspend, a busy machine) the work missed is not made up for
+        elapsed = min(now - self._last_tick, 5 * _TICK_S)
+        self._last_tick = now
+        self._dirty(elapsed)
+        for sock, connection in list(self.connections.items()):
+            try:
+                if connection.service == "bulk":
+                    due = max(1, int(self.vm.bulk_rate / 8 * elapsed))
+                    connection.offset += self._send(sock, connection, bulk.pattern(connection.offset, min(due, 1 << 17)))
+                    connection.unsent = b""  # the pattern is known: what did not fit is made again
+                elif connection.unsent:
+                    self._send(sock, connection, connection.unsent)
+            except ConnectionError as error:
+                print(f"{connection.service} connection closed: {error}", file=sys.stderr, flush=True)
+                self._drop(sock)
+
+    def _dirty(self, elapsed: float) -> None:
+        """Write one word in each of the next pages, chosen by a counter's hash (splitmix64): no state but the counter."""
+        header, pages = self.memory.header, len(self.memory.working_set)
+        due = self.vm.dirty_rate * elapsed / PAGE + float(header[3].view(np.float64))
+        count = int(due)
+        header[3] = np.float64(due - count).view(np.uint64)
+        if not count:
+            return
+        counters = np.arange(count, dtype=np.uint64) + header[1]
+        mixed = (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+        self.memory.working_set[mixed % np.uint64(pages), (mixed >> np.uint64(48)) % np.uint64(PAGE // 8)] = counters
+        header[1] += np.uint64(count)
+
+
+def _drain(echo: socket.socket) -> list[tuple[bytes, tuple[str, int]]]:
+    datagrams = []
+    while True:
+        try:
+            datagrams.append(echo.recvfrom(2048))
+        except BlockingIOError:
+            return datagrams
+
+
+# ---------------------------------------------------------------- the ARP table
+
+_SIOCSARP = 0x8955
+_ATF_COM = 0x02
+_SOCKADDR_IN = struct.Struct("=HH4s8x")
+_SOCKADDR_HW = struct.Struct("=H6s8x")
+_ARPHRD_ETHER = 1
+_DEVICE = "eth0"
+
+
+def _neighbours() -> list[tuple[str, str]]:
+    """The complete entries of the ARP table; a real VM carries them in its RAM."""
+    lines = Path("/proc/self/net/arp").read_text().splitlines()[1:]
+    rows = [line.split() for line in lines]
+    return [(row[0], row[3]) for row in rows if int(row[2], 16) & _ATF_COM]
+
+
+def _add_neighbour(ip: str, mac: str) -> None:
+    """SIOCSARP (arp(7)): the entry starts as STALE, so it is used at once and verified by the kernel."""
+    request = struct.pack(
+        "=16s16si16s16s",
+        _SOCKADDR_IN.pack(socket.AF_INET, 0, socket.inet_aton(ip)),
+        _SOCKADDR_HW.pack(_ARPHRD_ETHER, bytes.fromhex(mac.replace(":", ""))),
+        _ATF_COM,
+        bytes(16),
+        _DEVICE.encode(),
+    )
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, _SIOCSARP, array.array("B", request))
+
+
+def main() -> int:
+    control, ram = socket.socket(fileno=int(sys.argv[1])), Ram(int(sys.argv[2]))
+    channel.send(control, channel.Done())  # born: in its namespaces
+    try:
+        LightGuest(control, ram).serve()
+    except EOFError:  # powered off; or the agent is gone, and a guest without one can be neither moved nor stopped
+        return 0
+
+
+if __name__ == "__main__":
+    os.nice(-5)  # a virtual CPU has a guaranteed share; probes and captures must not starve it
+    sys.exit(main())

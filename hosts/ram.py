@@ -1,0 +1,289 @@
+"""Guest RAM and its dirty bitmap.
+
+RAM is a memfd that the guest maps shared; the agent maps the same memfd to read pages for a
+stream and to write received ones. What the guest writes is known from the kernel. In the order in
+which they are probed:
+
+    wp-async     userfaultfd WP_ASYNC + PAGEMAP_SCAN (Linux 6.7, Documentation/admin-guide/mm/pagemap.rst)
+    soft-dirty   /proc/PID/clear_refs and pagemap bit 55 (admin-guide/mm/soft-dirty.rst), guest stopped meanwhile
+    hash         xxh3 of every page: no kernel help needed, about 0.2 s for each GiB
+
+None of them sees writes through another mapping than the guest's own (the agent's, pwrite): whoever
+writes so has to know what it wrote. Sets of pages are *runs*: an (n, 2) uint32 array of [first, end).
+"""
+
+import ctypes
+import fcntl
+import mmap
+import os
+import signal
+import struct
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from topologies.errors import TestbedError
+
+PAGE = mmap.PAGESIZE
+NO_RUNS = np.empty((0, 2), np.uint32)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def runs_of(pages: np.ndarray) -> np.ndarray:
+    """The runs of a sorted array of page numbers."""
+    if not len(pages):
+        return NO_RUNS
+    breaks = np.flatnonzero(np.diff(pages) != 1)
+    first = pages[np.concatenate(([0], breaks + 1))]
+    last = pages[np.concatenate((breaks, [len(pages) - 1]))]
+    return np.stack([first, last + 1], 1).astype(np.uint32)
+
+
+def pages_of(runs: np.ndarray) -> np.ndarray:
+    """The sorted page numbers of runs."""
+    if not len(runs):
+        return np.empty(0, np.int64)
+    return np.concatenate([np.arange(first, end) for first, end in runs.tolist()])
+
+
+def count(runs: np.ndarray) -> int:
+    """How many pages runs hold."""
+    return int((runs[:, 1].astype(np.int64) - runs[:, 0]).sum())
+
+
+class Ram:
+    """A guest's memory as this process sees it: `bytes` (uint8), `words` (pages x 512 uint64), `buffer`."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.size = os.fstat(fd).st_size
+        self._map = mmap.mmap(fd, self.size, mmap.MAP_SHARED)
+        self.buffer = memoryview(self._map)
+        self.bytes = np.frombuffer(self._map, np.uint8)
+        self.words = self.bytes.view(np.uint64).reshape(-1, PAGE // 8)
+
+    @classmethod
+    def create(cls, name: str, size: int) -> "Ram":
+        """Fresh zeroed memory; `size` in bytes, whole pages."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        os.ftruncate(fd, size)
+        return cls(fd)
+
+    @property
+    def pages(self) -> int:
+        return self.size // PAGE
+
+    @property
+    def address(self) -> int:
+        """Where the mapping lies in this process."""
+        return self.bytes.ctypes.data
+
+    def populated(self) -> np.ndarray:
+        """Runs of the pages that exist at all; the others are zero, and looking at them would make them exist."""
+        runs, end = [], 0
+        while True:
+            try:
+                first = os.lseek(self.fd, end, os.SEEK_DATA)
+            except OSError:  # ENXIO: no data up to the end
+                break
+            end = os.lseek(self.fd, first, os.SEEK_HOLE)
+            runs.append((first // PAGE, -(-end // PAGE)))
+        return np.array(runs, np.uint32).reshape(-1, 2)
+
+    def nonzero(self, pages: np.ndarray) -> np.ndarray:
+        """Which of these pages hold anything: a boolean array."""
+        mask = self.words[pages, 0] != 0
+        maybe = np.flatnonzero(~mask)
+        if len(maybe):
+            mask[maybe] = self.words[pages[maybe]].any(axis=1)
+        return mask
+
+    def close(self) -> None:
+        del self.bytes, self.words
+        self.buffer.release()
+        self._map.close()
+        os.close(self.fd)
+
+
+class PageHashes:
+    """One xxh3 for each page, updated as pages are sent or received; the digest of all of RAM at any moment.
+
+    At switchover only the last pages have to be hashed, not all of RAM. A page never noted counts as zero.
+    """
+
+    _ZERO = xxhash.xxh3_64_intdigest(bytes(PAGE))
+
+    def __init__(self, ram: Ram) -> None:
+        self._buffer = ram.buffer
+        self._hashes = np.full(ram.pages, self._ZERO, np.uint64)
+
+    def note(self, runs: np.ndarray) -> None:
+        """These pages have their final content for now."""
+        buffer, digest = self._buffer, xxhash.xxh3_64_intdigest
+        for first, end in runs.tolist():
+            self._hashes[first:end] = [digest(buffer[at : at + PAGE]) for at in range(first * PAGE, end * PAGE, PAGE)]
+
+    def note_zero(self, runs: np.ndarray) -> None:
+        for first, end in runs.tolist():
+            self._hashes[first:end] = self._ZERO
+
+    def digest(self) -> str:
+        return xxhash.xxh3_128_hexdigest(self._hashes.tobytes())
+
+
+# ---------------------------------------------------------------- tracking: the guest's side
+
+# linux/userfaultfd.h and linux/fs.h (kernel 6.7)
+_SYS_USERFAULTFD = 323
+_UFFD_API, _UFFDIO_API, _UFFDIO_REGISTER = 0xAA, 0xC018AA3F, 0xC020AA00
+_UFFD_WP_FEATURES = 1 << 0 | 1 << 12 | 1 << 13 | 1 << 15  # PAGEFAULT_FLAG_WP, WP_HUGETLBFS_SHMEM, WP_UNPOPULATED, WP_ASYNC
+_UFFD_MODE_WP = 2
+_PAGEMAP_SCAN = 0xC0606610
+_PAGE_IS_WRITTEN = 2
+_PM_SCAN_WP_MATCHING, _PM_SCAN_CHECK_WPASYNC = 1, 2
+_SOFT_DIRTY_BIT = 55
+
+
+def arm(ram: Ram) -> str:
+    """Let the kernel track this process's writes to `ram`; returns the way to read them (see the module)."""
+    if _arm_wp_async(ram):
+        return "wp-async"
+    return "soft-dirty" if _soft_dirty_works() else "hash"
+
+
+def _arm_wp_async(ram: Ram) -> bool:
+    fd = _libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+    if fd < 0:
+        return False
+    try:
+        fcntl.ioctl(fd, _UFFDIO_API, bytearray(struct.pack("QQQ", _UFFD_API, _UFFD_WP_FEATURES, 0)), True)
+        fcntl.ioctl(fd, _UFFDIO_REGISTER, bytearray(struct.pack("QQQQ", ram.address, ram.size, _UFFD_MODE_WP, 0)), True)
+        # tracked as long as fd stays open, that is as long as this process lives; an older kernel fails here
+        WpAsyncBitmap(os.getpid(), ram.address, ram.size).peek()
+    except OSError:
+        os.close(fd)
+        return False
+    return True
+
+
+def _soft_dirty_works() -> bool:
+    """Some kernels accept clear_refs and never set the bit: written, cleared, written must read 1, 0, 1."""
+    seen = []
+    with mmap.mmap(-1, PAGE) as page:
+        anchor = ctypes.c_char.from_buffer(page)
+        bitmap = SoftDirtyBitmap(os.getpid(), ctypes.addressof(anchor), PAGE)
+        page[0] = 1
+        seen.append(count(bitmap.peek()))
+        bitmap.clear()
+        seen.append(count(bitmap.peek()))
+        page[0] = 2
+        seen.append(count(bitmap.peek()))
+        del anchor
+    return seen == [1, 0, 1]
+
+
+# ---------------------------------------------------------------- tracking: the agent's side
+
+
+class DirtyBitmap(ABC):
+    """The pages that a guest has written since they were last taken."""
+
+    @abstractmethod
+    def take(self) -> np.ndarray:
+        """Runs of the dirty pages; they count as clean from the moment at which they were read."""
+
+    @abstractmethod
+    def peek(self) -> np.ndarray:
+        """Runs of the dirty pages; they stay dirty."""
+
+
+class WpAsyncBitmap(DirtyBitmap):
+    """PAGEMAP_SCAN reads and write-protects in one step, so no write falls between."""
+
+    _REGION = np.dtype([("start", "<u8"), ("end", "<u8"), ("categories", "<u8")])
+    _SCAN = struct.Struct("12Q")  # struct pm_scan_arg
+
+    def __init__(self, pid: int, address: int, size: int) -> None:
+        self._pagemap = open(f"/proc/{pid}/pagemap", "rb", buffering=0)  # noqa: SIM115  (held as long as the guest)
+        self._first, self._end = address, address + size
+        self._regions = np.zeros(1 << 14, self._REGION)
+
+    def take(self) -> np.ndarray:
+        return self._scan(_PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC)
+
+    def peek(self) -> np.ndarray:
+        return self._scan(_PM_SCAN_CHECK_WPASYNC)
+
+    def _scan(self, flags: int) -> np.ndarray:
+        found, at = [], self._first
+        while at < self._end:
+            vector = (self._regions.ctypes.data, len(self._regions))
+            masks = (0, 0, _PAGE_IS_WRITTEN, 0, _PAGE_IS_WRITTEN)  # max_pages, inverted, mask, any-of, return
+            argument = bytearray(self._SCAN.pack(self._SCAN.size, flags, at, self._end, 0, *vector, *masks))
+            filled = fcntl.ioctl(self._pagemap, _PAGEMAP_SCAN, argument, True)
+            found.append(self._regions[:filled].copy())
+            walked = self._SCAN.unpack(argument)[4]
+            if walked <= at:
+                raise TestbedError("PAGEMAP_SCAN makes no progress: the guest's memory mapping is gone")
+            at = walked
+        regions = np.concatenate(found) if found else self._regions[:0]
+        return ((np.stack([regions["start"], regions["end"]], 1) - np.uint64(self._first)) // np.uint64(PAGE)).astype(np.uint32)
+
+
+class SoftDirtyBitmap(DirtyBitmap):
+    """pagemap bit 55. Reading and clearing are two steps: the guest is stopped for both."""
+
+    def __init__(self, pid: int, address: int, size: int) -> None:
+        self._pid, self._address, self._size = pid, address, size
+
+    def take(self) -> np.ndarray:
+        os.kill(self._pid, signal.SIGSTOP)
+        try:
+            while Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                os.sched_yield()
+            dirty = self.peek()
+            self.clear()
+        finally:
+            os.kill(self._pid, signal.SIGCONT)
+        return dirty
+
+    def peek(self) -> np.ndarray:
+        with open(f"/proc/{self._pid}/pagemap", "rb", buffering=0) as pagemap:
+            entries = np.frombuffer(os.pread(pagemap.fileno(), self._size // PAGE * 8, self._address // PAGE * 8), np.uint64)
+        return runs_of(np.flatnonzero(entries >> np.uint64(_SOFT_DIRTY_BIT) & np.uint64(1)))
+
+    def clear(self) -> None:
+        Path(f"/proc/{self._pid}/clear_refs").write_text("4")
+
+
+class HashBitmap(DirtyBitmap):
+    """Every page hashed and compared with the last hash taken."""
+
+    def __init__(self, ram: Ram) -> None:
+        self._ram = ram
+        self._taken = np.zeros(ram.pages, np.uint64)
+
+    def take(self) -> np.ndarray:
+        now = self._now()
+        dirty = runs_of(np.flatnonzero(now != self._taken))
+        self._taken = now
+        return dirty
+
+    def peek(self) -> np.ndarray:
+        return runs_of(np.flatnonzero(self._now() != self._taken))
+
+    def _now(self) -> np.ndarray:
+        buffer, digest = self._ram.buffer, xxhash.xxh3_64_intdigest
+        return np.array([digest(buffer[at : at + PAGE]) for at in range(0, self._ram.size, PAGE)], np.uint64)
+
+
+def open_bitmap(tracking: str, pid: int, address: int, ram: Ram) -> DirtyBitmap:
+    """The bitmap of the guest `pid`, whose mapping of `ram` lies at `address` there."""
+    if tracking == "wp-async":
+        return WpAsyncBitmap(pid, address, ram.size)
+    if tracking == "soft-dirty":
+        return SoftDirtyBitmap(pid, address, ram.size)
+    return HashBitmap(ram)

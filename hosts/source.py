@@ -1,0 +1,210 @@
+"""An outgoing migration, phase by phase. Paused on success, resumed on failure.
+
+    greet         HELLO, WELCOME
+    precopy       rounds from the dirty bitmap until the policy says so
+    suspend       gate shut, guest stopped
+    residual      the pages written since the last round
+    hand_over     device state, TCP connections, digest of RAM
+    conclude      RESUMED: the VM is gone from here; silence: the datastore decides
+"""
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from hosts.datastore import DatastoreError
+from hosts.machine import Machine
+from hosts.policy import Action, Decision, Policy, Round, decide
+from hosts.protocol import MAJOR, MINOR, Hello, Kind, ProtocolError, Resumed, State, negotiate
+from hosts.ram import PAGE, PageHashes, count
+from hosts.stream import PeerAborted, Stream, StreamLost
+from topologies.errors import TestbedError
+
+# A source that cannot tell who owns the VM asks the datastore this often, and for so long.
+_ASK_EVERY_S, _ASK_FOR_S = 0.5, 60.0
+
+
+class MigrationFailed(TestbedError):
+    """The migration ended; the message says why and where the VM is."""
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """A round that has ended: its figures and what the policy made of them."""
+
+    number: int
+    round: Round
+    predicted_downtime_ms: float
+    decision: str
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """A completed migration as the source saw it. `residual_pages` were sent during the downtime."""
+
+    rounds: list[Round]
+    residual_pages: int
+    bytes_on_wire: int
+    predicted_downtime_ms: float
+    source_digest: str
+    destination_digest: str
+    generation: int
+
+
+class OutgoingMigration:
+    """Moves `machine` over `stream`. `cancelled()` is asked after every round; `report` hears of each."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        migration: str,
+        stream: Stream,
+        policy: Policy,
+        report: Callable[[Progress], None],
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.machine, self.migration, self.stream, self.policy = machine, migration, stream, policy
+        self.report, self.cancelled = report, cancelled
+        self.ram, self.bitmap = machine.guest.ram, machine.guest.bitmap
+        self.hashes = PageHashes(self.ram)
+        self.rounds: list[Round] = []
+        self.decision: Decision
+        self.residual_pages = 0
+        self.digest = ""
+
+    def run(self, token: str) -> Outcome:
+        """MigrationFailed if the VM stays here (it runs again by then)."""
+        try:
+            self.greet(token)
+            self.precopy()
+        except TestbedError as error:
+            self._give_up(error)
+            raise MigrationFailed(f"VM {self.machine.vm.name} stays on {self._here}: {error}") from error
+        try:
+            self.suspend()
+            self.residual()
+            self.hand_over()
+            resumed: Resumed = self.stream.expect(Kind.RESUMED)
+        except TestbedError as error:
+            self._settle(error)
+            resumed = Resumed(self.machine.generation + 1, "")
+        return self.conclude(resumed)
+
+    # ------------------------------------------------------------ the phases
+
+    def greet(self, token: str) -> None:
+        self.stream.send(Hello(MAJOR, MINOR, self.migration, token, self.ram.size))
+        welcome = self.stream.expect(Kind.WELCOME)
+        negotiate(welcome.major, welcome.minor)
+
+    def precopy(self) -> None:
+        started = time.monotonic()
+        self.bitmap.take()  # from here on, every write is a page to send again
+        dirty = self.ram.populated()
+        while True:
+            self._round(dirty)
+            self.decision = decide(self.policy, self.rounds, time.monotonic() - started)
+            self.report(
+                Progress(len(self.rounds), self.rounds[-1], self.decision.predicted_downtime_ms, self.decision.action.value)
+            )
+            if self.cancelled():
+                raise MigrationFailed("cancelled")
+            if self.decision.action is Action.SWITCH:
+                return
+            if self.decision.action is Action.GIVE_UP:
+                raise MigrationFailed(
+                    f"does not converge within {self.policy.timeout_s:g} s: the predicted downtime is "
+                    f"{self.decision.predicted_downtime_ms:.0f} ms, the target {self.policy.downtime_ms:g} ms; "
+                    "allow more downtime, or let the guest write less"
+                )
+            dirty = self.bitmap.take()
+
+    def _round(self, dirty: object) -> None:
+        number, bytes_before = len(self.rounds) + 1, self.stream.bytes_sent
+        began = self._emit("round.begin", round=number)
+        pages, zero = self.stream.send_runs(self.ram, dirty, number, self.hashes)
+        self.stream.mark(Kind.ROUND_END, number)
+        self.stream.expect(Kind.ROUND_ACK)
+        ended = time.monotonic_ns()
+        remaining = count(self.bitmap.peek()) * PAGE
+        figures = Round(pages, zero, self.stream.bytes_sent - bytes_before, (ended - began) / 1e6, remaining)
+        self.rounds.append(figures)
+        self._emit("round.end", round=number, **msgspec.structs.asdict(figures), t=ended)
+
+    def suspend(self) -> None:
+        self._emit("vm.suspending")
+        self.machine.announcer.close()  # a late announcement from here would pull the VM's traffic back
+        self.machine.port.shut()
+        self._emit("gate.shut")
+        self.device = self.machine.guest.suspend()
+        self.stream.session.step("suspend")
+        self._emit("vm.suspended")
+
+    def residual(self) -> None:
+        pages, _ = self.stream.send_runs(self.ram, self.bitmap.take(), len(self.rounds) + 1, self.hashes)
+        self.residual_pages = pages
+        self._emit("residual.sent", pages=pages)
+
+    def hand_over(self) -> None:
+        self.digest = self.hashes.digest()
+        self.stream.send(State(self.device, self.digest))
+        self._emit("state.sent", bytes=len(self.device), ram_digest=self.digest)
+
+    def conclude(self, resumed: Resumed) -> Outcome:
+        self._emit("migration.handed_over", generation=resumed.generation)
+        return Outcome(
+            rounds=self.rounds,
+            residual_pages=self.residual_pages,
+            bytes_on_wire=self.stream.bytes_sent,
+            predicted_downtime_ms=self.decision.predicted_downtime_ms,
+            source_digest=self.digest,
+            destination_digest=resumed.ram_digest,
+            generation=resumed.generation,
+        )
+
+    # ------------------------------------------------------------ failure
+
+    def _give_up(self, error: TestbedError) -> None:
+        if isinstance(error, StreamLost) and self.stream.session.may("lost"):
+            self.stream.session.step("lost")
+        else:
+            self.stream.abort(str(error))
+        self._emit("migration.aborted", reason=str(error))
+
+    def _settle(self, error: TestbedError) -> None:
+        """After the suspend. Returns if the destination owns the VM; else resumes it here and raises."""
+        generation = self.machine.generation
+        if isinstance(error, StreamLost | ProtocolError) and self.stream.session.may("lost"):
+            self.stream.session.step("lost")
+        elif not isinstance(error, PeerAborted):
+            self.stream.abort(str(error))
+        if self.stream.session.state == "uncertain":
+            if not self._claim_back():
+                self.stream.session.step("claim lost")
+                self._emit("migration.settled", owner="destination")
+                return
+            self.stream.session.step("claim")
+            self.machine.generation = generation = generation + 1
+        self.machine.port.open()
+        self.machine.guest.run()
+        self._emit("vm.resumed_at_source", generation=generation)
+        self._emit("migration.aborted", reason=str(error))
+        raise MigrationFailed(f"VM {self.machine.vm.name} runs again on {self._here}: {error}") from error
+
+    def _claim_back(self) -> bool:
+        """Take the next generation ourselves: if that succeeds the destination never can. Suspended until it is clear."""
+        datastore, vm = self.machine.site.datastore, self.machine.vm.name
+        deadline = time.monotonic() + _ASK_FOR_S
+        while True:
+            try:
+                return datastore.claim(vm, self.machine.generation + 1, self._here)
+            except DatastoreError as error:
+                if time.monotonic() > deadline:
+                    raise MigrationFailed(f"VM {vm} stays suspended on {self._here}, its owner is unknown: {error}") from error
+                time.sleep(_ASK_EVERY_S)
+
+    @property
+    def _here(self) -> str:
+        return self.machine.site.host.name
+
+    def _emit(self, kind: str, **fields: object) -> int:
+        return self.machine.emit(kind, migration=self.migration, **fields)

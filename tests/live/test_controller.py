@@ -1,0 +1,375 @@
+"""The controller as a process, on both backends, with a real Open vSwitch; needs a private world.
+
+h1 --- p1 +----+ p3 --- h3        h1, h2: where a VM's MAC appears (the hosts' uplinks)
+h2 --- p2 | s1 |                  h3: a client
+          +----+
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import arp, ethernet, rarp
+
+from experiments.world import open_vswitch, run
+from topologies.events import Event, find, read_events
+
+ROOT = Path(__file__).parents[2]
+VM, CLIENT, OTHER = "00:50:56:00:00:01", "00:50:56:00:00:64", "00:50:56:00:00:02"
+VM_IP = bytes((10, 0, 0, 11))
+S1 = "0000000000000001"
+ETHERTYPE = 0x88B5
+PATIENCE_S = 20
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"{PATIENCE_S} s passed without {what}"
+        time.sleep(0.002)
+    return result
+
+
+class Machine:
+    """The far end of a cable to the switch: sends any frame, receives those of the test's own type."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE))
+        self._socket.bind((f"h{port}", ETHERTYPE))
+        self._sent = 0
+
+    def send(self, frame: bytes) -> None:
+        self._socket.send(frame)
+
+    def received(self, timeout_s: float = 0.0) -> bytes | None:
+        self._socket.settimeout(timeout_s)
+        try:
+            return self._socket.recv(2048)
+        except (BlockingIOError, TimeoutError):
+            return None
+
+    def drain(self) -> None:
+        while self.received() is not None:
+            pass
+
+    def to(self, mac: str, source: str = CLIENT) -> bytes:
+        """A frame unlike all others of this machine."""
+        self._sent += 1
+        return ethernet(source, mac, ETHERTYPE, self._sent.to_bytes(4, "big"))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+Machines = dict[int, Machine]
+
+
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """s1 with its three ports, without a controller."""
+    # no router solicitations: the only frames are those of the tests
+    Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
+    with open_vswitch(tmp_path_factory.mktemp("ovs")):
+        run("ovs-vsctl", "add-br", "s1", "--", "set", "bridge", "s1", "datapath_type=netdev")
+        run("ovs-vsctl", "set", "bridge", "s1", "protocols=OpenFlow13", f"other-config:datapath-id={S1}")
+        run("ovs-vsctl", "set-fail-mode", "s1", "secure")
+        for port in (1, 2, 3):
+            run("ip", "link", "add", f"h{port}", "type", "veth", "peer", "name", f"p{port}")
+            run("ip", "link", "set", f"h{port}", "up")
+            run("ip", "link", "set", f"p{port}", "up")
+            add_port(port)
+        yield
+    for port in (1, 2, 3):
+        run("ip", "link", "del", f"h{port}")
+
+
+def add_port(port: int) -> None:
+    run("ovs-vsctl", "add-port", "s1", f"p{port}", "--", "set", "interface", f"p{port}", f"ofport_request={port}")
+
+
+@pytest.fixture
+def machines(bridge: None) -> Iterator[Machines]:
+    ends = {port: Machine(port) for port in (1, 2, 3)}
+    yield ends
+    for end in ends.values():
+        end.close()
+
+
+class Controller:
+    """The process under test and what it has told so far."""
+
+    def __init__(self, backend: str, events: Path, *options: str) -> None:
+        words = [sys.executable, "-m", "controller.app", "--events", str(events), *options]
+        environment = os.environ | {"SDN_BACKEND": backend}
+        self._path = events
+        self.process = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def events(self) -> list[Event]:
+        return read_events(self._path) if self._path.exists() else []
+
+    def wait_for(self, kind: str, count: int = 1, **fields: Any) -> Event:
+        """The latest of at least `count` events of this kind."""
+
+        def told() -> Event | None:
+            found = find(self.events(), kind, **fields)
+            return found[-1] if len(found) >= count else None
+
+        return wait_until(told, f"{count} x {kind} {fields}: {self.events()}")
+
+    def stop(self) -> tuple[int, str]:
+        """SIGTERM; the exit status and everything it wrote to stderr."""
+        self.process.send_signal(signal.SIGTERM)
+        _, stderr = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, stderr
+
+
+@pytest.fixture(params=["ryu", "os_ken"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def listening(backend: str, tmp_path: Path) -> Iterator[Controller]:
+    """A controller on a port of its own, without a switch."""
+    controller = Controller(backend, tmp_path / "events.jsonl", "--port", "0")
+    try:
+        controller.wait_for("controller.listening")
+        yield controller
+    finally:
+        controller.process.kill()
+        controller.process.communicate()
+
+
+@pytest.fixture
+def controller(bridge: None, listening: Controller) -> Iterator[Controller]:
+    """A controller with s1 connected and its tables ready."""
+    connect(listening)
+    yield listening
+    run("ovs-vsctl", "del-controller", "s1")
+    if listening.process.poll() is None:
+        assert listening.stop() == (0, ""), "a controller ends cleanly and has nothing to complain about"
+
+
+def connect(controller: Controller) -> None:
+    before = len(find(controller.events(), "switch.connected"))
+    port = controller.wait_for("controller.listening")["port"]
+    run("ovs-vsctl", "set-controller", "s1", f"tcp:127.0.0.1:{port}")
+    controller.wait_for("switch.connected", before + 1, switch=S1)
+
+
+def learn(controller: Controller, machine: Machine, mac: str) -> None:
+    machine.send(ethernet(mac))
+    controller.wait_for("mac.learned", mac=mac, port=machine.port)
+    # its entries precede those of any later decision, but not yet a frame: let it appear in the switch
+    wait_until(lambda: f"dl_dst={mac}" in flows(), f"a flow to {mac}")
+
+
+def flows() -> str:
+    return run("ovs-ofctl", "-O", "OpenFlow13", "dump-flows", "s1")
+
+
+def assert_frames_go(mac: str, client: Machine, here: Machine, not_there: Machine) -> None:
+    """From the first frame that arrives here on, all do, and none arrives there.
+
+    A barrier is none for the datapath: for some milliseconds after it, OVS may use its cached flows.
+    """
+
+    def arrives() -> bool:
+        client.send(frame := client.to(mac))
+        return here.received(0.05) == frame
+
+    here.drain()
+    wait_until(arrives, f"a frame to {mac} at port {here.port}")
+    not_there.drain()
+    for _ in range(5):
+        client.send(frame := client.to(mac))
+        assert here.received(PATIENCE_S) == frame
+    assert not_there.received() is None
+
+
+# ---------------------------------------------------------------- moves
+
+
+def test_an_rarp_moves_the_mac_and_its_traffic(controller: Controller, machines: Machines) -> None:
+    esx1, esx2, client = machines.values()
+    learn(controller, client, CLIENT)
+    learn(controller, esx1, VM)
+    assert_frames_go(VM, client, esx1, esx2)
+
+    esx2.send(rarp(VM))
+
+    moved = controller.wait_for("mac.moved", mac=VM)
+    relearned = controller.wait_for("mac.relearned", mac=VM)
+    expected = {"source": "controller", "switch": S1, "from": 1, "to": 2, "cause": "rarp"}
+    for event in (moved, relearned):
+        assert {key: event[key] for key in expected} == expected
+    assert relearned["packet_in"] == moved["packet_in"]
+    assert relearned["packet_in"] < relearned["flow_mod"] < relearned["barrier"] == relearned["t"]
+    assert_frames_go(VM, client, esx2, esx1)
+
+
+@pytest.mark.parametrize(
+    ("cause", "frame"), [("frame", ethernet(VM, CLIENT)), ("garp", arp(VM, VM_IP, VM_IP))], ids=["frame", "garp"]
+)
+def test_the_first_other_frame_at_a_new_port_moves_too(
+    controller: Controller, machines: Machines, cause: str, frame: bytes
+) -> None:
+    esx1, esx2, client = machines.values()
+    learn(controller, client, CLIENT)
+    learn(controller, esx1, VM)
+    esx2.send(frame)
+    assert controller.wait_for("mac.relearned", mac=VM)["cause"] == cause
+    assert_frames_go(VM, client, esx2, esx1)
+
+
+def test_a_mac_that_moves_twenty_times_is_followed_twenty_times(controller: Controller, machines: Machines) -> None:
+    esx1, esx2, client = machines.values()
+    learn(controller, client, CLIENT)
+    learn(controller, esx1, VM)
+    here, there = esx1, esx2
+    for moves in range(1, 21):
+        here, there = there, here
+        here.send(rarp(VM))
+        controller.wait_for("mac.relearned", moves, mac=VM)
+        assert_frames_go(VM, client, here, there)
+    assert [e["to"] for e in find(controller.events(), "mac.moved")] == [2, 1] * 10
+    assert [e["to"] for e in find(controller.events(), "mac.relearned")] == [2, 1] * 10
+
+
+def test_an_announcement_repeated_is_one_move(controller: Controller, machines: Machines) -> None:
+    esx1, esx2, _ = machines.values()
+    learn(controller, esx1, VM)
+    for _ in range(5):
+        esx2.send(rarp(VM))
+    learn(controller, esx2, OTHER)  # its frame is behind them
+    assert len(find(controller.events(), "mac.moved")) == 1
+    assert len(find(controller.events(), "mac.learned")) == 2
+
+
+def test_a_frame_of_a_known_mac_never_reaches_the_controller(controller: Controller, machines: Machines) -> None:
+    esx1, _, client = machines.values()
+    learn(controller, client, CLIENT)
+    learn(controller, esx1, VM)
+    for _ in range(100):
+        client.send(client.to(VM))
+        assert esx1.received(PATIENCE_S) is not None
+    misses = next(line for line in flows().splitlines() if "table=0" in line and "priority=0 " in line)
+    packets = int(misses.split("n_packets=")[1].split(",")[0])
+    assert packets < 100
+
+
+# ---------------------------------------------------------------- losses
+
+
+def test_a_lost_switch_is_noticed_and_starts_from_nothing(controller: Controller, machines: Machines) -> None:
+    esx1, esx2, client = machines.values()
+    learn(controller, esx1, VM)
+    run("ovs-vsctl", "del-controller", "s1")
+    controller.wait_for("switch.disconnected", switch=S1)
+
+    connect(controller)
+    assert VM not in flows()
+    esx2.send(ethernet(VM))  # it moved while nobody looked
+    controller.wait_for("mac.learned", 2, mac=VM)
+    assert find(controller.events(), "mac.moved") == []
+    assert_frames_go(VM, client, esx2, esx1)
+
+
+def test_a_port_that_goes_down_takes_its_macs(controller: Controller, machines: Machines) -> None:
+    esx1, esx2, _ = machines.values()
+    learn(controller, esx1, VM)
+    learn(controller, esx2, OTHER)
+    run("ip", "link", "set", "h1", "down")
+    try:
+        controller.wait_for("mac.forgotten", mac=VM, switch=S1, port=1)
+        wait_until(lambda: VM not in flows(), f"flows free of {VM}")
+        assert OTHER in flows()
+    finally:
+        run("ip", "link", "set", "h1", "up")
+
+
+def test_a_port_that_is_removed_takes_its_macs(controller: Controller, machines: Machines) -> None:
+    learn(controller, machines[1], VM)
+    run("ovs-vsctl", "del-port", "s1", "p1")
+    try:
+        controller.wait_for("mac.forgotten", mac=VM, switch=S1, port=1)
+    finally:
+        add_port(1)
+
+
+# ---------------------------------------------------------------- the process
+
+
+def test_sigterm_ends_it_cleanly_with_a_switch_connected(controller: Controller, machines: Machines) -> None:
+    learn(controller, machines[1], VM)
+    assert controller.stop() == (0, "")
+
+
+def test_without_an_event_file_it_works_as_well(bridge: None, machines: Machines, backend: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    words = [sys.executable, "-m", "controller.app", "--port", str(port)]
+    process = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"SDN_BACKEND": backend})
+    try:
+        run(
+            "ovs-vsctl",
+            "set-controller",
+            "s1",
+            f"tcp:127.0.0.1:{port}",
+            "--",
+            "set",
+            "controller",
+            "s1",
+            "max_backoff=1000",
+        )
+        wait_until(lambda: "CONTROLLER" in flows(), "the pipeline")
+        machines[1].send(ethernet(VM))
+        wait_until(lambda: f"dl_dst={VM}" in flows(), f"a flow to {VM}")
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+        run("ovs-vsctl", "del-controller", "s1")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--port", "70000"], "70000"),
+        (["--port", "x"], "--port"),
+        (["--listen", "203.0.113.1"], "203.0.113.1"),
+        (["--events", "/nowhere/events.jsonl"], "/nowhere/events.jsonl"),
+        (["--log-level", "loud"], "loud"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_status_2(options: list[str], says: str) -> None:
+    assert_refused(options, says)
+
+
+def test_a_port_in_use_is_refused(listening: Controller, backend: str) -> None:
+    port = str(listening.wait_for("controller.listening")["port"])
+    assert_refused(["--port", port], port, backend)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    assert_refused([], "nox", "nox")
+
+
+def assert_refused(options: list[str], says: str, backend: str = "ryu") -> None:
+    words = [sys.executable, "-m", "controller.app", *options]
+    environment = os.environ | {"SDN_BACKEND": backend}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""

@@ -1,0 +1,160 @@
+"""The seed network as a Mininet topology.
+
+                     c1 (client)
+                      |
+         +------------+------------+
+         |   s1  physical switch   |--- SDN controller (OpenFlow 1.3)
+         +----+---------------+----+
+       vmnic0 |               | vmnic0
+        +-----+----+    +-----+----+     vSwitch0: port group "VM Network", uplink vmnic0
+        |   esx1   |    |   esx2   |     vSwitch1: port group "vMotion", uplink vmnic1, VMkernel port vmk1
+        +--+----+--+    +--+----+--+
+    vmnic2 |    +----------+    | vmnic2
+           |       vmnic1       |        the vMotion cable: 50.50.50.1/30 - 50.50.50.2/30
+           +----- mgmt ---------+        management & storage: agents and manager
+
+Also for Mininet's own command line, without agents and VMs:
+
+    sudo mn --custom topologies/two_hosts.py --topo vmotion --controller none
+    mininet> esx1 ping -c1 50.50.50.2
+"""
+
+import sys
+from pathlib import Path
+
+# `mn --custom` executes this file by its path: neither as a module nor with the project on sys.path
+_ROOT = Path(sys._getframe().f_code.co_filename).resolve().parent.parent
+if str(_ROOT) not in sys.path:
+    sys.path.append(str(_ROOT))
+
+from mininet.link import Link, TCIntf  # noqa: E402
+from mininet.node import Host as MininetHost  # noqa: E402
+from mininet.node import OVSSwitch, Switch  # noqa: E402
+from mininet.topo import Topo  # noqa: E402
+
+from topologies.devices import RPS_CPUS, SYSCTLS, rps_file  # noqa: E402
+from topologies.errors import TestbedError  # noqa: E402
+from topologies.plan import DEFAULT_PLAN, Host, Plan, read_plan  # noqa: E402
+
+
+def sh(node, *words: str) -> None:  # type: ignore[no-untyped-def]
+    """Run a command in a Mininet node; TestbedError if it fails (Mininet's own cmd() does not look)."""
+    out, err, status = node.pexec(*words)
+    if status:
+        raise TestbedError(f"{node.name}: {' '.join(words)}: {(err or out).strip()}")
+
+
+def steady(node, device: str) -> None:  # type: ignore[no-untyped-def]
+    """One CPU delivers all frames of a device (topologies/devices.py)."""
+    sh(node, "sh", "-c", f"echo {RPS_CPUS} > {rps_file(device)}")
+
+
+class Machine(MininetHost):
+    """A host without IPv6, its devices steady."""
+
+    def config(self, **params):  # type: ignore[no-untyped-def]
+        result = super().config(**params)
+        sh(self, "sysctl", "-q", "-w", *SYSCTLS)
+        for intf in self.intfList():
+            steady(self, intf.name)
+        return result
+
+
+class Hypervisor(Machine):
+    """A host with its vSwitches (Linux bridges) and VMkernel ports, as the plan has them."""
+
+    def config(self, host: Host | None = None, management: str = "", **params):  # type: ignore[no-untyped-def]
+        result = super().config(**params)
+        if host is None:
+            return result
+        sh(self, "ip", "addr", "add", management, "dev", f"{self.name}-vmnic2")
+        for vswitch in host.vswitches:
+            uplink = f"{self.name}-{vswitch.uplink}"
+            sh(self, "ip", "link", "add", vswitch.name, "type", "bridge", "stp_state", "0", "mcast_snooping", "0")
+            sh(self, "ip", "link", "set", uplink, "master", vswitch.name)
+            # an ESXi vSwitch knows its VMs and sends the rest up; it does not learn from its uplink
+            sh(self, "bridge", "link", "set", "dev", uplink, "learning", "off")
+            sh(self, "ip", "link", "set", vswitch.name, "up")
+        for port in host.vmkernel_ports:
+            inner, outer = port.name, f"{port.name}.port"
+            sh(self, "ip", "link", "add", inner, "type", "veth", "peer", "name", outer)
+            sh(self, "ip", "link", "set", outer, "master", host.vswitch_of(port.port_group).name, "up")
+            sh(self, "ip", "addr", "add", str(port.interface), "dev", inner)
+            sh(self, "ip", "link", "set", inner, "up")
+            steady(self, inner)
+            steady(self, outer)
+        return result
+
+
+class PhysicalSwitch(OVSSwitch):
+    """Open vSwitch with its userspace datapath, which needs no kernel module."""
+
+    def __init__(self, name, **params):  # type: ignore[no-untyped-def]
+        super().__init__(name, datapath="user", failMode="secure", protocols="OpenFlow13", **params)
+
+    def start(self, controllers):  # type: ignore[no-untyped-def]
+        for intf in self.intfList():
+            if intf.link:
+                # a userspace datapath forwards frames as they are: checksums have to be complete, at both ends
+                for end in (intf.link.intf1, intf.link.intf2):
+                    sh(end.node, "ethtool", "-K", end.name, "tx", "off")
+                steady(self, intf.name)
+        super().start(controllers)
+
+
+class Segment(Switch):
+    """A plain Ethernet segment: a Linux bridge in the root namespace, where the manager has its address."""
+
+    def __init__(self, name, address: str = "", **params):  # type: ignore[no-untyped-def]
+        super().__init__(name, dpid="ff", **params)
+        self.address = address
+
+    def start(self, _controllers):  # type: ignore[no-untyped-def]
+        sh(self, "ip", "link", "add", self.name, "type", "bridge", "stp_state", "0", "mcast_snooping", "0")
+        for intf in self.intfList():
+            if intf.link:
+                sh(self, "ip", "link", "set", intf.name, "master", self.name, "up")
+                steady(self, intf.name)
+        sh(self, "ip", "addr", "add", self.address, "dev", self.name)
+        sh(self, "ip", "link", "set", self.name, "up")
+
+    def stop(self, deleteIntfs: bool = True) -> None:  # noqa: N803  (Mininet's name)
+        sh(self, "ip", "link", "del", self.name)
+        super().stop(deleteIntfs)
+
+    def connected(self) -> bool:
+        return True
+
+
+class CableIntf(TCIntf):
+    """An end of the vMotion cable; Mininet's own limit of 1 Gbit/s is lifted."""
+
+    bwParamMax = 1_000_000  # noqa: N815  (Mininet's name; Mbit/s)
+
+
+class TwoHosts(Topo):
+    """The topology of a plan, or of a plan file: --topo vmotion,my_plan.toml"""
+
+    def build(self, plan: Plan | str | Path = DEFAULT_PLAN) -> None:
+        if not isinstance(plan, Plan):
+            plan = read_plan(plan)
+        prefix = plan.management.partition("/")[2]
+        self.addSwitch(plan.switch, cls=PhysicalSwitch)
+        self.addSwitch("mgmt", cls=Segment, address=f"{plan.manager_ip}/{prefix}")
+        for client in plan.clients:
+            self.addHost(client.name, cls=Machine, ip=client.ip, mac=client.mac)
+            self.addLink(client.name, plan.switch)
+        for host in plan.hosts:
+            self.addHost(host.name, cls=Hypervisor, ip=None, host=host, management=f"{host.management}/{prefix}")
+            self.addLink(host.name, plan.switch, intfName1=f"{host.name}-vmnic0")
+        first, second = plan.hosts
+        rate = {"bw": plan.link / 1e6} if plan.link else {}
+        cable = {"cls": Link, "intf": CableIntf} if plan.link else {}
+        self.addLink(
+            first.name, second.name, intfName1=f"{first.name}-vmnic1", intfName2=f"{second.name}-vmnic1", **cable, **rate
+        )
+        for host in plan.hosts:
+            self.addLink(host.name, "mgmt", intfName1=f"{host.name}-vmnic2")
+
+
+topos = {"vmotion": TwoHosts}
