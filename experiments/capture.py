@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from experiments.children import Child, Popen
+from experiments.children import Child, Popen, wait_until_up
 from experiments.world import run
 from topologies.errors import TestbedError
 
@@ -79,8 +79,7 @@ class Capture:
                 # (a home is one), but it may stay in the folder where it was started.
                 child = Child(f"the capture on {node.name}", node.popen, _dumpcap(node), log, cwd=self._folder)
                 self._children.append(child)
-            for child in self._children:
-                child.wait_for(_UP, deadline)
+            wait_until_up(self._children, _UP, deadline)
         except BaseException:
             self._kill()
             raise
@@ -99,7 +98,7 @@ class Capture:
             self._kill()
 
     def merge(self, out: Path) -> None:
-        """All nodes' frames in the order of their time. mergecap trusts its inputs to be ordered, and they are not quite."""
+        """All nodes' frames in the order of their time. (mergecap takes its inputs for ordered; they are not quite.)"""
         unordered = out.with_suffix(".unordered")
         files = [str(self._folder / f"{node.name}.pcapng") for node in self._nodes]
         # -I none: two hosts' equally named interfaces stay two.
@@ -110,7 +109,7 @@ class Capture:
     def _stop(self) -> None:
         time.sleep(LAST_BLOCK_S)
         for child in self._children:
-            child.tell(signal.SIGINT)
+            child.finish(signal.SIGINT)
         deadline = time.monotonic() + STOP_TIMEOUT_S
         for node, child in zip(self._nodes, self._children, strict=True):
             child.wait(deadline)
@@ -147,7 +146,7 @@ class Frame(NamedTuple):
 
 
 def fields(pcap: Path, display_filter: str, *names: str) -> list[tuple[str, ...]]:
-    """Of each frame that passes the filter ("" for all) the named fields; empty where it has none, the first of several."""
+    """The named fields of each frame that passes the filter ("" for all): "" where it has none, else its first."""
     words = ["tshark", "-n", "-r", str(pcap), "-T", "fields", "-E", "occurrence=f"]
     if display_filter:
         words += ["-Y", display_filter]

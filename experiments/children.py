@@ -5,10 +5,12 @@ The parent's side is `Child`. The child's side, for programs of ours, is `say_re
 Output goes to a log file, whose last line is what an error message quotes.
 """
 
+import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,40 +39,62 @@ class Child:
         """The lines it has written so far."""
         return self._log.read_text(errors="replace").splitlines()
 
-    def wait_for(self, prefix: str, deadline: float) -> None:
-        """Return when it has written a line with this prefix; TestbedError if it ends or the deadline passes.
-
-        Deadlines are on the monotonic clock, in seconds.
-        """
-        while not any(line.startswith(prefix) for line in self.said()):
-            status = self.process.poll()
-            if status is not None:
-                raise TestbedError(f"{self.name} ended with status {status} before it was up: {self._last_words()}")
-            if time.monotonic() > deadline:
-                raise TestbedError(f"{self.name} did not come up in time: {self._last_words()}")
-            time.sleep(_LOOK_EVERY_S)
-
-    def tell(self, number: signal.Signals) -> None:
+    def finish(self, number: signal.Signals) -> None:
         """Ask it to end; `wait` says whether it did."""
         self.process.send_signal(number)
 
     def wait(self, deadline: float) -> None:
-        """Return when it has ended well; TestbedError if it failed or the deadline passes."""
+        """Return when it has ended well; TestbedError if it failed or the deadline (monotonic, s) passes."""
         try:
             status = self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            raise TestbedError(f"{self.name} did not end in time: {self._last_words()}") from None
+            raise TestbedError(f"{self.name} did not end in time: {self.last_words()}") from None
         if status:
-            raise TestbedError(f"{self.name} ended with status {status}: {self._last_words()}")
+            raise TestbedError(f"{self.name} ended with status {status}: {self.last_words()}")
 
     def kill(self) -> None:
         """End it whatever state it is in, and reap it."""
         self.process.kill()
         self.process.wait()
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """For an error message."""
         lines = [line for line in self.said() if line.strip()]
         return lines[-1] if lines else "it said nothing"
+
+
+def wait_until_up(children: Sequence[Child], prefix: str, deadline: float) -> None:
+    """Return when each child has written a line with this prefix.
+
+    TestbedError as soon as one has ended instead, or when the deadline (monotonic, s) passes.
+    """
+    waiting = list(children)
+    while True:
+        waiting = [child for child in waiting if not any(line.startswith(prefix) for line in child.said())]
+        if not waiting:
+            return
+        for child in waiting:
+            status = child.process.poll()
+            if status is not None:
+                raise TestbedError(f"{child.name} ended with status {status} before it was up: {child.last_words()}")
+        if time.monotonic() > deadline:
+            raise TestbedError(f"{waiting[0].name} did not come up in time: {waiting[0].last_words()}")
+        time.sleep(_LOOK_EVERY_S)
+
+
+@contextmanager
+def prompt() -> Iterator[None]:
+    """The block's wake-ups are prompt: it runs at the lowest real-time priority.
+
+    An emulated client shares its CPUs with the hypervisors, a real one does not. Under load this keeps 99 % of
+    wake-ups within 0.1 ms, instead of 9 ms. For small work only: equal priorities do not preempt each other.
+    """
+    with suppress(PermissionError):  # some containers forbid it; the measurements are then as noisy as the machine
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def say_ready() -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from experiments.children import Stop, say_ready
+from experiments.children import Stop, prompt, say_ready
 from topologies.errors import TestbedError
 from topologies.events import clock_pair
 
@@ -31,8 +31,8 @@ _ICMP = struct.Struct("!BBHHH")  # type, code, checksum, identifier, sequence nu
 _ICMP_ECHO_REPLY, _ICMP_ECHO = 0, 8
 _PAYLOAD = struct.Struct("!QQ")  # number from 0 on, monotonic ns of sending
 _TIMESPEC = struct.Struct("@ll")
-# asm-generic/socket.h and linux/icmp.h: what the socket module lacks
-_SO_SNDBUFFORCE, _SO_RCVBUFFORCE, _SO_TIMESTAMPNS, _ICMP_FILTER = 32, 33, 35, 1
+# asm-generic/socket.h, linux/socket.h, linux/icmp.h: what the socket module lacks
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE, _SO_TIMESTAMPNS, _SOL_RAW, _ICMP_FILTER = 32, 33, 35, 255, 1
 
 
 class EchoResult(msgspec.Struct, frozen=True):
@@ -118,20 +118,8 @@ class Echo:
 
     def run(self, stop: Stop) -> EchoResult:
         """Send until SIGTERM; TestbedError if nothing was ever answered."""
-        start_ns, slot = time.monotonic_ns(), 0
-        ready = False
-        while not stop.at_ns:
-            time.sleep(max(0, start_ns + slot * self.interval_ns - time.monotonic_ns()) / 1e9)
-            self._send()
-            self._collect()
-            if self.numbers and not ready:
-                ready = True
-                say_ready()
-            # The schedule is absolute, so it does not drift. Of several slots slept through only the last
-            # is made up for: a burst would measure nothing but itself.
-            latest = (time.monotonic_ns() - start_ns) // self.interval_ns
-            self.skipped += max(0, latest - (slot + 1))
-            slot = max(slot + 1, latest)
+        with prompt():
+            self._follow_schedule(stop)
         end_s = time.monotonic() + STRAGGLERS_S
         while time.monotonic() < end_s:
             time.sleep(self.interval_ns / 1e9)
@@ -149,6 +137,22 @@ class Echo:
             numbers=self.numbers.tolist(),
             arrived_ns=self.arrived_ns.tolist(),
         )
+
+    def _follow_schedule(self, stop: Stop) -> None:
+        start_ns, slot = time.monotonic_ns(), 0
+        ready = False
+        while not stop.at_ns:
+            time.sleep(max(0, start_ns + slot * self.interval_ns - time.monotonic_ns()) / 1e9)
+            self._send()
+            self._collect()
+            if self.numbers and not ready:
+                ready = True
+                say_ready()
+            # The schedule is absolute, so it does not drift. Of several slots slept through only the last
+            # is made up for: a burst would measure nothing but itself.
+            latest = (time.monotonic_ns() - start_ns) // self.interval_ns
+            self.skipped += max(0, latest - (slot + 1))
+            slot = max(slot + 1, latest)
 
     def _send(self) -> None:
         number, now_ns = len(self.sent_ns), time.monotonic_ns()
@@ -183,7 +187,7 @@ class Echo:
         """
         seconds, ns = _TIMESPEC.unpack(stamp)
         clocks = clock_pair()
-        arrived_ns = min(seconds * 10**9 + ns - clocks["realtime"], 0) + clocks["monotonic"]
+        arrived_ns: int = min(seconds * 10**9 + ns - clocks["realtime"], 0) + clocks["monotonic"]
         return max(arrived_ns, self.arrived_ns[-1]) if self.arrived_ns else arrived_ns
 
     def _note(self, error: OSError) -> None:
@@ -194,7 +198,7 @@ def ping(target: str, stop: Stop) -> EchoResult:
     """ICMP echo, answered by the VM's kernel."""
     identifier = os.getpid() & 0xFFFF
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sock:
-        sock.setsockopt(socket.SOL_RAW, _ICMP_FILTER, struct.pack("@I", ~(1 << _ICMP_ECHO_REPLY) & 0xFFFFFFFF))
+        sock.setsockopt(_SOL_RAW, _ICMP_FILTER, struct.pack("@I", ~(1 << _ICMP_ECHO_REPLY) & 0xFFFFFFFF))
         sock.connect((target, 0))
         echo = Echo(sock, PING_INTERVAL_NS)
         echo.wrap = lambda number, payload: icmp_request(identifier, number, payload)

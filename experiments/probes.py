@@ -13,25 +13,20 @@ with Probes(c1.popen, "10.0.0.11", folder, seed) as probes:    # all four have h
 """
 
 import argparse
-import os
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import msgspec
 
 from experiments import echo, streams
-from experiments.children import READY, Child, Popen, Stop
+from experiments.children import READY, Child, Popen, Stop, wait_until_up
 from topologies.errors import TestbedError
 
 READY_TIMEOUT_S = 10.0  # a probe starts in 0.3 s; the rest is for ARP and SYN retransmissions
 STOP_TIMEOUT_S = streams.ANSWER_TIMEOUT_S + 30.0  # the outstanding answer, then the audit
-# An emulated client shares its CPUs with the hypervisors, a real one does not: the lowest real-time priority keeps
-# their load out of its measurements (99.9 % of wake-ups within 1-5 ms under load, instead of 20 ms).
-PRIORITY = os.sched_param(1)
 KINDS = ("ping", "udp", "transactions", "bulk")
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,8 +62,7 @@ class Probes:
                 words += ["--out", str(self._file(kind)), "--seed", str(self._seed)]
                 log = self._folder / f"{kind}.log"
                 self._children.append(Child(f"the {kind} probe", self._popen, words, log, cwd=_ROOT))
-            for child in self._children:
-                child.wait_for(READY, deadline)
+            wait_until_up(self._children, READY, deadline)
         except BaseException:
             self._kill()
             raise
@@ -77,7 +71,7 @@ class Probes:
     def stop(self) -> Results:
         """End the probes and return what they saw."""
         for child in self._children:
-            child.tell(signal.SIGTERM)
+            child.finish(signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
         for child in self._children:
             child.wait(deadline)
@@ -108,8 +102,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the transactions; each client of a VM needs its own")
     options = parser.parse_args()
     stop = Stop()
-    with suppress(PermissionError):  # some containers forbid it; then the client is a bit noisier
-        os.sched_setscheduler(0, os.SCHED_FIFO, PRIORITY)
     try:
         result = _probe(options.kind, options.target, options.seed, stop)
         unfinished = options.out.with_suffix(".tmp")

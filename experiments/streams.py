@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from experiments.children import Stop, say_ready
+from experiments.children import Stop, prompt, say_ready
 from hosts import bulk as content
 from topologies.errors import TestbedError
 
@@ -240,7 +240,8 @@ def transactions(target: str, seed: int, stop: Stop) -> TransactionsResult:
         local_port = sock.getsockname()[1]
         client = TransactionClient(sock, random.Random(seed).getrandbits(32))
         try:
-            client.run(stop)
+            with prompt():
+                client.run(stop)
             verdict, conserved = client.audit()
         except (OSError, BrokenConnectionError) as error:
             if not client.entries:
@@ -263,37 +264,50 @@ def transactions(target: str, seed: int, stop: Stop) -> TransactionsResult:
     )
 
 
+class BulkReader:
+    """A reader of the bulk stream that checks every byte."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self.verified_bytes = 0
+        self.arrivals = Arrivals()
+
+    def run(self, stop: Stop) -> None:
+        """Read until SIGTERM; BrokenConnectionError or OSError when the connection does not last."""
+        while not stop.at_ns:
+            try:
+                data = self._socket.recv(BULK_READ_BYTES)
+            except BlockingIOError:  # a silence
+                continue
+            now_ns = time.monotonic_ns()
+            if not data:
+                raise BrokenConnectionError("the VM closed the connection")
+            verify(data, self.verified_bytes)
+            if not self.verified_bytes:
+                say_ready()
+            self.verified_bytes += len(data)
+            self.arrivals.add(now_ns)
+
+
 def bulk(target: str, stop: Stop) -> BulkResult:
     """Read and verify the bulk stream until SIGTERM."""
-    failure, offset, arrivals = "", 0, Arrivals()
+    failure = ""
     with _connect(target, content.PORT, SILENCE_POLL_S) as sock:
         local_port = sock.getsockname()[1]
+        reader = BulkReader(sock)
         try:
-            while not stop.at_ns:
-                try:
-                    data = sock.recv(BULK_READ_BYTES)
-                except BlockingIOError:  # a silence
-                    continue
-                now_ns = time.monotonic_ns()
-                if not data:
-                    raise BrokenConnectionError("the VM closed the connection")
-                verify(data, offset)
-                if offset == 0:
-                    say_ready()
-                offset += len(data)
-                arrivals.add(now_ns)
+            with prompt():
+                reader.run(stop)
         except (OSError, BrokenConnectionError) as error:
             failure = str(error)
-            if not offset:
-                raise
+    if not reader.verified_bytes:
+        raise TestbedError(failure or "the stream brought nothing")
     stop.wait()
-    if not offset:
-        raise TestbedError("the stream brought nothing")
     return BulkResult(
         connection_survived=not failure,
         failure=failure,
         stopped_ns=stop.at_ns,
         local_port=local_port,
-        verified_bytes=offset,
-        arrived_ns=arrivals.all(),
+        verified_bytes=reader.verified_bytes,
+        arrived_ns=reader.arrivals.all(),
     )

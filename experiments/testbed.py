@@ -7,7 +7,6 @@
 Everything started is owned here and ends with the block, in the reverse order.
 """
 
-import contextlib
 import signal
 import sys
 import tempfile
@@ -49,8 +48,8 @@ class Testbed:
             vswitchd = stack.enter_context(open_vswitch(self.run.logs))
             self._start_controller()
             self.net = stack.enter_context(self._network())
-            widen_port_buffers(vswitchd)
             self._await_event("switch.connected", "controller")
+            widen_port_buffers(vswitchd)
             certificates = self._certificates()
             self._start_agents(certificates)
             options = self.run.options
@@ -79,8 +78,7 @@ class Testbed:
 
     def _stop(self, child: Child) -> None:
         """A part may have been killed by the experiment itself; what it was for is judged elsewhere."""
-        with contextlib.suppress(ProcessLookupError):
-            child.finish(signal.SIGTERM)
+        child.process.send_signal(signal.SIGTERM)
         try:
             child.wait(time.monotonic() + _DOWN_WITHIN_S)
         except TestbedError as error:

@@ -8,9 +8,11 @@ namespace of that world. Worlds never meet: not each other, not a system's Open 
 """
 
 import ctypes
+import errno
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -170,9 +172,13 @@ def widen_port_buffers(vswitchd: subprocess.Popen[bytes]) -> int:
     count = 0
     try:
         for entry in Path(f"/proc/{vswitchd.pid}/fd").iterdir():
-            if not os.readlink(entry).startswith("socket:"):
+            borrowed = _libc.syscall(_SYS_PIDFD_GETFD, pidfd, int(entry.name), 0)
+            if borrowed < 0 and ctypes.get_errno() == errno.EBADF:  # closed while we looked
                 continue
-            borrowed = _check(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, int(entry.name), 0), "pidfd_getfd")
+            _check(borrowed, "the sockets of ovs-vswitchd cannot be borrowed")
+            if not stat.S_ISSOCK(os.fstat(borrowed).st_mode):
+                os.close(borrowed)
+                continue
             with socket.socket(fileno=borrowed) as port:
                 if port.family == socket.AF_PACKET:
                     port.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _PORT_BUFFER_BYTES)

@@ -37,6 +37,10 @@ def frames(mode: str, mac: str, ip: str) -> list[bytes]:
     return [bytes(frame).ljust(60, b"\0") for frame in chosen]
 
 
+# Told after each round of frames: its number, the mode, how many frames.
+Sent = Callable[[int, str, int], None]
+
+
 class Announcer:
     """Frames ready to be sent through a vSwitch of this network namespace, on schedule."""
 
@@ -50,7 +54,7 @@ class Announcer:
             cwd=Path(__file__).parent.parent,
         )
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-        self._stopped = threading.Event()
+        self._silent, self._sending = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
 
     def prepare(self, vswitch: str) -> None:
@@ -62,29 +66,37 @@ class Announcer:
             raise TestbedError(f"scapy could not build the announcement: {' '.join(last)}")
         self._frames = [bytes.fromhex(line) for line in out.decode().split()]
 
-    def start(self, sent: Callable[[int, str, int], None]) -> None:
-        """Send the first round now and the others on schedule; sent(round, frame kind, frames) after each."""
+    def start(self, sent: Sent) -> None:
+        """Send the first round now and the others on schedule; `sent` hears of each."""
         if not self._schedule_ms or not self._frames:
             return
         self._send(0, sent)
         self._thread = threading.Thread(target=self._rest, args=(sent,), name="announcer", daemon=True)
         self._thread.start()
 
-    def _rest(self, sent: Callable[[int, str, int], None]) -> None:
+    def _rest(self, sent: Sent) -> None:
         started = time.monotonic() - self._schedule_ms[0] / 1000
         for number, due_ms in enumerate(self._schedule_ms[1:], start=1):
-            if self._stopped.wait(max(0.0, started + due_ms / 1000 - time.monotonic())):
+            if self._silent.wait(max(0.0, started + due_ms / 1000 - time.monotonic())):
                 return
             self._send(number, sent)
 
-    def _send(self, number: int, sent: Callable[[int, str, int], None]) -> None:
-        for frame in self._frames:
-            self._socket.send(frame)
+    def _send(self, number: int, sent: Sent) -> None:
+        with self._sending:
+            if self._silent.is_set():
+                return
+            for frame in self._frames:
+                self._socket.send(frame)
         sent(number, self._mode, len(self._frames))
 
+    def silence(self) -> None:
+        """No frame after this returns: one from here would pull a VM's traffic back after it has left."""
+        with self._sending:
+            self._silent.set()
+
     def close(self) -> None:
-        """Stop announcing: the VM leaves again, or never came."""
-        self._stopped.set()
+        """Give everything back. Closing a packet socket waits for an RCU grace period: not during a downtime."""
+        self.silence()
         if self._thread is not None:
             self._thread.join()
         self._builder.kill()

@@ -132,7 +132,7 @@ class OutgoingMigration:
 
     def suspend(self) -> None:
         self._emit("vm.suspending")
-        self.machine.announcer.close()  # a late announcement from here would pull the VM's traffic back
+        self.machine.announcer.silence()
         self.machine.port.shut()
         self._emit("gate.shut")
         self.device = self.machine.guest.suspend()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 WRAPPER = Path(__file__).resolve().parents[2] / "vmotion"
-UTILITIES = ["cat", "cp", "flock", "mkdir", "mv", "readlink", "rm", "sha256sum", "sleep", "tail"]
+UTILITIES = ["cat", "cp", "flock", "head", "mkdir", "mv", "readlink", "rm", "sed", "sha256sum", "sleep", "tail"]
 
 PYTHON = r"""#!/bin/sh
 echo "$*" >>"$CALLS"
