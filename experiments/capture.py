@@ -36,7 +36,7 @@ WRITER_QUEUE_BYTES = 64 * 2**20
 WHOLE_FRAMES = 0  # as a snaplen
 
 _UP = "File: "
-_COUNTS = re.compile(r"Packets received/dropped on interface '([^']+)': (\d+)/(\d+)")
+_COUNTS = re.compile(r"Packets received/dropped on interface '(?:Loopback: )?([^']+)': (\d+)/(\d+)")
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,17 @@ class Capture:
 
     def _stop(self) -> None:
         time.sleep(LAST_BLOCK_S)
+        # dumpcap stops for all of its interfaces, with status 0, when one of them is removed.
+        early = [child for child in self._children if child.process.poll() is not None]
         for child in self._children:
             child.finish(signal.SIGINT)
         deadline = time.monotonic() + STOP_TIMEOUT_S
         for node, child in zip(self._nodes, self._children, strict=True):
             child.wait(deadline)
             self.counts += parse_counts(node.name, child.said())
+        for child in early:
+            reason = [line for line in child.said() if line.startswith("dumpcap:")]
+            raise TestbedError(f"{child.name} ended before its time; {' '.join(reason)}")
 
     def _kill(self) -> None:
         for child in self._children:

@@ -60,6 +60,8 @@ class Child:
     def last_words(self) -> str:
         """For an error message."""
         lines = [line for line in self.said() if line.strip()]
+        if len(lines) > 1 and lines[-1].startswith("("):  # dumpcap's second line gives the reason for the first
+            return f"{lines[-2]} {lines[-1]}"
         return lines[-1] if lines else "it said nothing"
 
 

@@ -1,7 +1,7 @@
 """One run of an experiment: its options, its results folder, its events, its manifest.
 
-    results/<experiment>-<UTC time>/     summary.json  events.jsonl  manifest.json  capture.pcapng  pcap/  logs/
-    results/latest                       a link to the newest
+results/<experiment>-<UTC time>/     summary.json  events.jsonl  manifest.json  capture.pcapng  pcap/  logs/
+results/latest                       a link to the newest
 """
 
 import json

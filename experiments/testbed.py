@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
+from experiments.capture import Capture, CaptureNode
 from experiments.children import Child
 from experiments.run import Run
 from experiments.world import open_vswitch, widen_port_buffers
@@ -24,6 +26,7 @@ from hosts.vcenter import VCenter
 from topologies.errors import TestbedError
 from topologies.events import find, read_events
 from topologies.two_hosts import TwoHosts
+from topologies.units import format_size
 
 _ROOT = Path(__file__).parent.parent
 _CONTROLLER_PORT = 6653
@@ -68,6 +71,22 @@ class Testbed:
         popen: Callable[..., Any] = self.net[node].popen
         return popen
 
+    def capture(self) -> Capture:
+        """A capture of every node: the hosts' uplinks and management, the clients, the switch and its OpenFlow."""
+        plan = self.run.plan
+        hosts = [
+            CaptureNode(host.name, self.popen(host.name), tuple(f"{host.name}-vmnic{n}" for n in range(3)))
+            for host in plan.hosts
+        ]
+        clients = [CaptureNode(client.name, self.popen(client.name), (f"{client.name}-eth0",)) for client in plan.clients]
+        ports = tuple(intf.name for intf in self.net[plan.switch].intfList() if intf.link)
+        switch = CaptureNode(plan.switch, Popen, (*ports, "lo"))
+        return Capture(self.run.pcap, [*hosts, *clients, switch])
+
+    def agent_memory(self) -> dict[str, str]:
+        """Each agent's memory beside the guests' RAM."""
+        return {name: format_size(status["memory_bytes"]) for name, status in self.vcenter.status().items()}
+
     # ------------------------------------------------------------ parts
 
     def _start(self, name: str, popen: Callable[..., Any], *words: str) -> Child:
@@ -88,8 +107,6 @@ class Testbed:
 
     def _start_controller(self) -> None:
         """In the world's root namespace. It listens before the network starts, or Mininet goes on without it."""
-        from subprocess import Popen
-
         listening = ("--port", str(_CONTROLLER_PORT), "--events", str(self.run.events_file))
         self._start("controller", Popen, "controller.app", *listening)
         self._await_event("controller.listening", "controller")

@@ -72,7 +72,7 @@ class IncomingMigration:
                 case Kind.ROUND_END:
                     stream.mark(Kind.ROUND_ACK, header.round)
                 case Kind.STATE:
-                    self._emit("state.received", bytes=header.length)
+                    self._emit("state.received", state_bytes=header.length)
                     state: State = body
                     return state
 

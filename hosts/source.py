@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 
 from hosts.datastore import DatastoreError
 from hosts.machine import Machine
@@ -21,6 +22,7 @@ from hosts.ram import PAGE, PageHashes, count
 from hosts.stream import PeerAborted, Stream, StreamLost
 from topologies.errors import TestbedError
 
+_TELL_EVERY_S = 0.1
 # A source that cannot tell who owns the VM asks the datastore this often, and for so long.
 _ASK_EVERY_S, _ASK_FOR_S = 0.5, 60.0
 
@@ -30,12 +32,14 @@ class MigrationFailed(TestbedError):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """A round that has ended: its figures and what the policy made of them."""
+    """A round under way: `done_pages` of `pages` are sent; at its end its figures and what the policy made of them."""
 
     number: int
-    round: Round
-    predicted_downtime_ms: float
-    decision: str
+    pages: int
+    done_pages: int
+    round: Round | None = None
+    predicted_downtime_ms: float | None = None
+    decision: str = ""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -103,11 +107,9 @@ class OutgoingMigration:
         while True:
             self._round(dirty)
             self.decision = decide(self.policy, self.rounds, time.monotonic() - started)
-            self.report(
-                Progress(len(self.rounds), self.rounds[-1], self.decision.predicted_downtime_ms, self.decision.action.value)
-            )
-            if self.cancelled():
-                raise MigrationFailed("cancelled")
+            number, predicted_ms = len(self.rounds), self.decision.predicted_downtime_ms
+            pages = count(dirty)
+            self.report(Progress(number, pages, pages, self.rounds[-1], predicted_ms, self.decision.action.value))
             if self.decision.action is Action.SWITCH:
                 return
             if self.decision.action is Action.GIVE_UP:
@@ -118,10 +120,20 @@ class OutgoingMigration:
                 )
             dirty = self.bitmap.take()
 
-    def _round(self, dirty: object) -> None:
-        number, bytes_before = len(self.rounds) + 1, self.stream.bytes_sent
+    def _round(self, dirty: np.ndarray) -> None:
+        number, total, bytes_before = len(self.rounds) + 1, count(dirty), self.stream.bytes_sent
+        told = time.monotonic()
+
+        def between_chunks(done: int) -> None:
+            nonlocal told
+            if self.cancelled():
+                raise MigrationFailed("cancelled")
+            if time.monotonic() - told >= _TELL_EVERY_S:
+                told = time.monotonic()
+                self.report(Progress(number, total, done))
+
         began = self._emit("round.begin", round=number)
-        pages, zero = self.stream.send_runs(self.ram, dirty, number, self.hashes)
+        pages, zero = self.stream.send_runs(self.ram, dirty, number, self.hashes, between_chunks)
         self.stream.mark(Kind.ROUND_END, number)
         self.stream.expect(Kind.ROUND_ACK)
         ended = time.monotonic_ns()

@@ -1,6 +1,7 @@
 """The vMotion stream on a socket: frames by the protocol, pages straight out of and into guest RAM."""
 
 import socket
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -84,10 +85,21 @@ class Stream:
 
     # ------------------------------------------------------------ pages
 
-    def send_runs(self, ram: Ram, runs: np.ndarray, round_number: int, hashes: PageHashes) -> tuple[int, int]:
-        """Send these pages, zero ones by their number only; returns (pages sent, zero pages)."""
+    def send_runs(
+        self,
+        ram: Ram,
+        runs: np.ndarray,
+        round_number: int,
+        hashes: PageHashes,
+        between_chunks: Callable[[int], None] = lambda done: None,
+    ) -> tuple[int, int]:
+        """Send these pages, zero ones by their number only; returns (pages sent, zero pages).
+
+        `between_chunks` hears how many pages are done, and may raise.
+        """
         sent = zero = 0
         for chunk in _chunks(runs):
+            between_chunks(sent + zero)
             pages = pages_of(chunk)
             full = ram.nonzero(pages)
             if not full.all():
@@ -168,7 +180,7 @@ def _why(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _chunks(runs: np.ndarray) -> Any:
+def _chunks(runs: np.ndarray) -> Iterator[np.ndarray]:
     """The runs again, cut into pieces of at most CHUNK_PAGES pages."""
     chunk: list[tuple[int, int]] = []
     room = CHUNK_PAGES

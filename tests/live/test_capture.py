@@ -111,10 +111,14 @@ def test_an_interface_that_does_not_exist_is_named_and_nothing_is_left(
 
 def test_a_failing_block_keeps_its_error_and_its_capture(nodes: list[CaptureNode], tmp_path: Path) -> None:
     capture = Capture(tmp_path, nodes)
-    with pytest.raises(ZeroDivisionError) as caught, capture:
-        send(3)
-        raise ZeroDivisionError
-    assert not hasattr(caught.value, "__notes__")
+
+    def block() -> None:
+        with capture:
+            send(3)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        block()
     assert len(frames(tmp_path / "esx2.pcapng", FILTER)) == 3
     assert capture.counts
     assert no_dumpcap_is_left()
@@ -126,6 +130,21 @@ def test_a_capture_that_died_is_an_error_at_the_end(nodes: list[CaptureNode], tm
         Capture(tmp_path, nodes) as capture,
     ):
         capture._children[0].process.kill()
+    assert no_dumpcap_is_left()
+
+
+def test_a_capture_that_stopped_because_an_interface_went_away_is_an_error_at_the_end(
+    nodes: list[CaptureNode], tmp_path: Path
+) -> None:
+    run("ip", "link", "add", "brief", "type", "dummy")
+    run("ip", "link", "set", "brief", "up")
+    here = CaptureNode("esx1", subprocess.Popen, (("near", WHOLE_FRAMES), ("brief", WHOLE_FRAMES)))
+    with (
+        pytest.raises(TestbedError, match='the capture on esx1 ended before its time; .*"brief"'),
+        Capture(tmp_path, [here]),
+    ):
+        run("ip", "link", "delete", "brief")
+        time.sleep(0.2)
     assert no_dumpcap_is_left()
 
 

@@ -97,7 +97,13 @@ def add_port(port: int) -> None:
 
 
 @pytest.fixture
-def machines(bridge: None) -> Iterator[Machines]:
+def s1(bridge: None) -> None:
+    """The switch without a flow: it keeps them when its controller is gone."""
+    run("ovs-ofctl", "-O", "OpenFlow13", "del-flows", "s1")
+
+
+@pytest.fixture
+def machines(s1: None) -> Iterator[Machines]:
     ends = {port: Machine(port) for port in (1, 2, 3)}
     yield ends
     for end in ends.values():
@@ -165,7 +171,7 @@ def listening(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture
-def controller(bridge: None, listening: tuple[Controller, int]) -> Iterator[Controller]:
+def controller(s1: None, listening: tuple[Controller, int]) -> Iterator[Controller]:
     """A controller to which s1 has just connected: it knows no MAC."""
     controller, port = listening
     controller.turn_page()
@@ -176,22 +182,36 @@ def controller(bridge: None, listening: tuple[Controller, int]) -> Iterator[Cont
 @contextmanager
 def connected(controller: Controller, port: int) -> Iterator[None]:
     connections = len(find(controller.events(), "switch.connected"))
-    run("ovs-vsctl", "set-controller", "s1", f"tcp:127.0.0.1:{port}")
-    controller.wait_for("switch.connected", connections + 1, switch=S1)
-    yield
-    run("ovs-vsctl", "del-controller", "s1")
+    try:
+        run("ovs-vsctl", "set-controller", "s1", f"tcp:127.0.0.1:{port}")
+        controller.wait_for("switch.connected", connections + 1, switch=S1)
+        yield
+    finally:
+        run("ovs-vsctl", "del-controller", "s1")
     controller.wait_for("switch.disconnected", connections + 1, switch=S1)
 
 
-def learn(controller: Controller, machine: Machine, mac: str) -> None:
-    machine.send(ethernet(mac))
-    controller.wait_for("mac.learned", mac=mac, port=machine.port)
-    # its entries precede those of any later decision, but not yet a frame: let it appear in the switch
-    wait_until(lambda: f"dl_dst={mac}" in flows(), f"a flow to {mac}")
+def learn(machine: Machine, mac: str) -> None:
+    """Let the switch see this MAC until it has a flow to it.
+
+    Once may not do: for some milliseconds after a barrier OVS still uses the flows it has cached.
+    """
+
+    def known() -> bool:
+        machine.send(ethernet(mac))
+        return f"dl_dst={mac} actions=output:{machine.port}\n" in flows()
+
+    wait_until(known, f"a flow to {mac} at port {machine.port}")
 
 
 def flows() -> str:
     return run("ovs-ofctl", "-O", "OpenFlow13", "dump-flows", "s1")
+
+
+def misses() -> int:
+    """How many frames of unknown sources the switch has counted."""
+    entry = next(line for line in flows().splitlines() if "table=0" in line and "priority=0 " in line)
+    return int(entry.split("n_packets=")[1].split(",")[0])
 
 
 def assert_frames_go(mac: str, client: Machine, here: Machine, not_there: Machine) -> None:
@@ -218,8 +238,8 @@ def assert_frames_go(mac: str, client: Machine, here: Machine, not_there: Machin
 
 def test_an_rarp_moves_the_mac_and_its_traffic(controller: Controller, machines: Machines) -> None:
     esx1, esx2, client = machines.values()
-    learn(controller, client, CLIENT)
-    learn(controller, esx1, VM)
+    learn(client, CLIENT)
+    learn(esx1, VM)
     assert_frames_go(VM, client, esx1, esx2)
 
     esx2.send(rarp(VM))
@@ -241,17 +261,22 @@ def test_the_first_other_frame_at_a_new_port_moves_too(
     controller: Controller, machines: Machines, cause: str, frame: bytes
 ) -> None:
     esx1, esx2, client = machines.values()
-    learn(controller, client, CLIENT)
-    learn(controller, esx1, VM)
-    esx2.send(frame)
+    learn(client, CLIENT)
+    learn(esx1, VM)
+
+    def moved() -> list[Event]:
+        esx2.send(frame)
+        return find(controller.events(), "mac.moved")
+
+    wait_until(moved, "a move")
     assert controller.wait_for("mac.relearned", mac=VM)["cause"] == cause
     assert_frames_go(VM, client, esx2, esx1)
 
 
 def test_a_mac_that_moves_twenty_times_is_followed_twenty_times(controller: Controller, machines: Machines) -> None:
     esx1, esx2, client = machines.values()
-    learn(controller, client, CLIENT)
-    learn(controller, esx1, VM)
+    learn(client, CLIENT)
+    learn(esx1, VM)
     here, there = esx1, esx2
     for moves in range(1, 21):
         here, there = there, here
@@ -264,58 +289,58 @@ def test_a_mac_that_moves_twenty_times_is_followed_twenty_times(controller: Cont
 
 def test_an_announcement_repeated_is_one_move(controller: Controller, machines: Machines) -> None:
     esx1, esx2, _ = machines.values()
-    learn(controller, esx1, VM)
+    learn(esx1, VM)
     for _ in range(5):
         esx2.send(rarp(VM))
-    learn(controller, esx2, OTHER)  # its frame is behind them
+    learn(esx2, OTHER)  # its frame is behind them
     assert len(find(controller.events(), "mac.moved")) == 1
     assert len(find(controller.events(), "mac.learned")) == 2
 
 
 def test_a_frame_of_a_known_mac_never_reaches_the_controller(controller: Controller, machines: Machines) -> None:
     esx1, _, client = machines.values()
-    learn(controller, client, CLIENT)
-    learn(controller, esx1, VM)
+    learn(client, CLIENT)
+    learn(esx1, VM)
+    before = misses()
     for _ in range(100):
         client.send(client.to(VM))
         assert esx1.received(PATIENCE_S) is not None
-    misses = next(line for line in flows().splitlines() if "table=0" in line and "priority=0 " in line)
-    packets = int(misses.split("n_packets=")[1].split(",")[0])
-    assert packets < 100
+    assert misses() - before < 100
 
 
 # ---------------------------------------------------------------- losses
 
 
 def test_a_lost_switch_is_noticed_and_starts_from_nothing(
-    bridge: None, listening: tuple[Controller, int], machines: Machines
+    s1: None, listening: tuple[Controller, int], machines: Machines
 ) -> None:
     esx1, esx2, client = machines.values()
     controller, port = listening
     controller.turn_page()
     with connected(controller, port):
-        learn(controller, esx1, VM)
+        learn(esx1, VM)
     with connected(controller, port):
         assert VM not in flows()
-        esx2.send(ethernet(VM))  # it moved while nobody looked
+        learn(esx2, VM)  # it moved while nobody looked
         controller.wait_for("mac.learned", 2, mac=VM)
         assert find(controller.events(), "mac.moved") == []
         assert_frames_go(VM, client, esx2, esx1)
 
 
 def test_a_newer_connection_of_a_switch_replaces_the_older(
-    bridge: None, listening: tuple[Controller, int], machines: Machines
+    s1: None, listening: tuple[Controller, int], machines: Machines
 ) -> None:
     """As after a power loss: the switch is back, and nobody has closed its old connection yet."""
     controller, port = listening
     controller.turn_page()
     esx1, esx2, client = machines.values()
     with connected(controller, port):
-        learn(controller, esx1, VM)
+        learn(esx1, VM)
         run("ovs-vsctl", "set-controller", "s1", f"tcp:127.0.0.1:{port}", f"tcp:127.0.0.2:{port}")
         controller.wait_for("switch.connected", 2)
-        learn(controller, esx1, VM)
+        learn(esx1, VM)
         esx2.send(rarp(VM))
+        controller.wait_for("mac.relearned")
         assert_frames_go(VM, client, esx2, esx1)
         kinds = [e["kind"] for e in controller.events() if e.get("mac") != CLIENT]
         assert kinds == [
@@ -326,8 +351,8 @@ def test_a_newer_connection_of_a_switch_replaces_the_older(
 
 def test_a_port_that_goes_down_takes_its_macs(controller: Controller, machines: Machines) -> None:
     esx1, esx2, _ = machines.values()
-    learn(controller, esx1, VM)
-    learn(controller, esx2, OTHER)
+    learn(esx1, VM)
+    learn(esx2, OTHER)
     run("ip", "link", "set", "h1", "down")
     try:
         controller.wait_for("mac.forgotten", mac=VM, switch=S1, port=1)
@@ -338,7 +363,7 @@ def test_a_port_that_goes_down_takes_its_macs(controller: Controller, machines: 
 
 
 def test_a_port_that_is_removed_takes_its_macs(controller: Controller, machines: Machines) -> None:
-    learn(controller, machines[1], VM)
+    learn(machines[1], VM)
     run("ovs-vsctl", "del-port", "s1", "p1")
     try:
         controller.wait_for("mac.forgotten", mac=VM, switch=S1, port=1)
@@ -351,16 +376,18 @@ def test_a_port_that_is_removed_takes_its_macs(controller: Controller, machines:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_cleanly_with_a_switch_connected(
-    bridge: None, machines: Machines, backend: str, tmp_path: Path, number: signal.Signals
+    s1: None, machines: Machines, backend: str, tmp_path: Path, number: signal.Signals
 ) -> None:
     with running(backend, tmp_path / "events.jsonl") as (controller, port):
-        run("ovs-vsctl", "set-controller", "s1", f"tcp:127.0.0.1:{port}")
-        learn(controller, machines[1], VM)
-        assert controller.stop(number) == (0, "")
-    run("ovs-vsctl", "del-controller", "s1")
+        try:
+            run("ovs-vsctl", "set-controller", "s1", f"tcp:127.0.0.1:{port}")
+            learn(machines[1], VM)
+            assert controller.stop(number) == (0, "")
+        finally:
+            run("ovs-vsctl", "del-controller", "s1")
 
 
-def test_without_an_event_file_it_works_as_well(bridge: None, machines: Machines, backend: str) -> None:
+def test_without_an_event_file_it_works_as_well(s1: None, machines: Machines, backend: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     words = [sys.executable, "-m", "controller.app", "--port", str(port)]
@@ -368,9 +395,7 @@ def test_without_an_event_file_it_works_as_well(bridge: None, machines: Machines
     try:
         run("ovs-vsctl", "set-controller", "s1", f"tcp:127.0.0.1:{port}")
         run("ovs-vsctl", "set", "controller", "s1", "max_backoff=1000")  # ms: it may ask before we listen
-        wait_until(lambda: "CONTROLLER" in flows(), "the pipeline")
-        machines[1].send(ethernet(VM))
-        wait_until(lambda: f"dl_dst={VM}" in flows(), f"a flow to {VM}")
+        learn(machines[1], VM)
         process.terminate()
         assert process.wait(PATIENCE_S) == 0
     finally:

@@ -1,0 +1,176 @@
+"""The command line: ./vmotion demo | run NAME | bench | test | check.
+
+Bad input is one line on stderr that names the thing, the reason and the remedy, and exit status 2.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from experiments.conduct import conduct
+from experiments.run import Options
+from hosts.announce import MODES, SCHEDULE_MS
+from hosts.policy import Policy
+from topologies.errors import TestbedError, UsageError
+from topologies.plan import DEFAULT_PLAN, read_plan
+from topologies.units import parse_bitrate, parse_percent, parse_rate, parse_size
+
+# name -> what it shows; each is a module of this package
+EXPERIMENTS = {"basic_vmotion": "a VM moves from one host to the other and its client notices nothing"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without its usage dump: an error is one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def quantity(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of units as an argparse type: its own message reaches the person."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return number
+
+
+def _schedule(text: str) -> tuple[int, ...]:
+    try:
+        times = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        times = ()
+    if not times or list(times) != sorted(times) or times[0] < 0 or times[-1] > 60_000 or len(times) > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no ascending list of ms; write it like 0,50,200,450,800")
+    return times
+
+
+def experiment_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every experiment has. The ones of the VM override the plan's."""
+    default = argparse.SUPPRESS
+    add = parser.add_argument
+    add("--plan", type=Path, default=DEFAULT_PLAN, metavar="FILE", help="what the testbed consists of (TOML)")
+    add("--ram", type=quantity(parse_size), default=default, metavar="SIZE", help="RAM of the VM, like 512MiB")
+    add("--fill", type=quantity(parse_percent), default=default, metavar="SHARE", help="of it filled, like 75%%")
+    add("--dirty-rate", type=quantity(parse_rate), default=default, metavar="RATE", help="written, like 50MB/s")
+    add("--working-set", type=quantity(parse_size), default=default, metavar="SIZE", help="written to, like 64MiB")
+    add("--link", type=quantity(parse_bitrate), default=default, metavar="RATE", help="the cable: 1Gbit, unshaped")
+    add("--mode", choices=("precopy",), default="precopy", help="how RAM is moved")
+    add("--announce", choices=MODES, default="rarp", help="how the VM's new place is told")
+    add("--announce-ms", type=_schedule, default=SCHEDULE_MS, metavar="MS,...", help="when, after the resume")
+    add("--downtime-ms", type=_positive, default=50.0, metavar="MS", help="the longest downtime aimed at")
+    add("--timeout-s", type=_positive, default=120.0, metavar="S", help="when pre-copy is given up")
+    add("--datastore", choices=("local",), default="local", help="where ownership is kept")
+    add("--seed", type=int, default=1, help="of the clients' random choices")
+    add("--out", type=Path, default=None, metavar="DIR", help="results folder (default: results/NAME-TIME)")
+
+
+def options_of(chosen: argparse.Namespace, command_line: Sequence[str]) -> Options:
+    """Checked options from parsed ones; UsageError if they contradict the plan."""
+    plan = read_plan(chosen.plan)
+    if hasattr(chosen, "link"):
+        plan = dataclasses.replace(plan, link=chosen.link)
+    changes = {k: getattr(chosen, k) for k in ("ram", "fill", "dirty_rate", "working_set") if hasattr(chosen, k)}
+    for vm in plan.vms:
+        plan = plan.with_vm(dataclasses.replace(vm, **changes))
+    return Options(
+        plan=plan,
+        plan_file=chosen.plan.resolve(),
+        announce=chosen.announce,
+        schedule_ms=chosen.announce_ms,
+        policy=Policy(chosen.downtime_ms, chosen.timeout_s),
+        seed=chosen.seed,
+        out=chosen.out,
+        command_line=tuple(command_line),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vmotion", description="See a live migration: a vMotion testbed on Mininet.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    experiment_options(commands.add_parser("demo", help="the main experiment, basic_vmotion (root)"))
+    run = commands.add_parser("run", help="one experiment by its name (root)")
+    names = run.add_subparsers(dest="experiment", metavar="NAME", required=True, parser_class=_Parser)
+    for name, shows in EXPERIMENTS.items():
+        experiment_options(names.add_parser(name, help=shows))
+    bench = commands.add_parser("bench", help="measure, and compare with the targets (root)")
+    bench.add_argument("--only", metavar="NAME", default=None, help="one row group; see --list")
+    bench.add_argument("--list", action="store_true", help="name the row groups")
+    bench.add_argument("--json", type=Path, metavar="FILE", default=None, help="write the rows here too")
+    bench.add_argument("--migrations", type=int, default=5, help="samples of each figure")
+    test = commands.add_parser("test", help="the whole test suite (root)", add_help=False)
+    test.add_argument("pytest", nargs=argparse.REMAINDER)
+    commands.add_parser("check", help="format, lint, types, imports, unit tests (no root)")
+    return parser
+
+
+def _run(words: Sequence[str]) -> int:
+    chosen = _parser().parse_args(words)
+    match chosen.command:
+        case "demo":
+            return _conduct("basic_vmotion", chosen, words)
+        case "run":
+            return _conduct(chosen.experiment, chosen, words)
+        case "bench":
+            from experiments import bench
+
+            return bench.main(chosen.only, chosen.list, chosen.json, chosen.migrations)
+        case "test":
+            from experiments import suite
+
+            return suite.main(chosen.pytest)
+        case _:
+            from experiments import check
+
+            return check.main()
+
+
+def _conduct(name: str, chosen: argparse.Namespace, words: Sequence[str]) -> int:
+    options = options_of(chosen, ["vmotion", *words])
+    experiment = importlib.import_module(f"experiments.{name}")
+    return conduct(name, experiment.run, options)
+
+
+def _guarded(action: Callable[[], int]) -> int:
+    try:
+        return action()
+    except TestbedError as error:
+        print(f"vmotion: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+
+
+def main() -> int:
+    return _guarded(lambda: _run(sys.argv[1:]))
+
+
+def script(name: str) -> NoReturn:
+    """An experiment called as a program of its own: python -m experiments.NAME [options]"""
+    parser = _Parser(prog=f"python -m experiments.{name}", description=EXPERIMENTS[name])
+    experiment_options(parser)
+    sys.exit(_guarded(lambda: _conduct(name, parser.parse_args(), sys.argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

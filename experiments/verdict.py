@@ -1,0 +1,122 @@
+"""Whether a migration was what vMotion promises: measurements in, named checks and figures out. Pure."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from experiments.evidence import Evidence
+from experiments.gaps import Silence, Window, baseline, blackout
+from experiments.probes import Results
+from experiments.timeline import Timeline
+from hosts.vcenter import Result
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an experiment has found. It passes if every check is true; `sections` go into summary.json as they are."""
+
+    checks: dict[str, bool]
+    sections: dict[str, Any] = field(default_factory=dict)
+
+
+def judge(
+    result: Result,
+    timeline: Timeline,
+    probes: Results,
+    evidence: Evidence,
+    *,
+    ram_bytes: int,
+    downtime_target_ms: float,
+    announce: str,
+) -> Findings:
+    """One migration with all probes running: its checks and the sections of its summary."""
+    outcome, transactions, bulk = result.outcome, probes.transactions, probes.bulk
+    checks = {
+        "ram_digests_equal": outcome.source_digest == outcome.destination_digest != "",
+        "tcp_connection_survived": transactions.connection_survived
+        and bulk.connection_survived
+        and evidence.connections_opened == 2
+        and evidence.resets == 0,
+        "no_transaction_lost": transactions.audited == transactions.acked > 0 and transactions.lost == 0,
+        "no_transaction_duplicated": transactions.duplicated == 0,
+        "money_conserved": transactions.total_conserved is True,
+        "vm_answers_from_destination": evidence.answers_from_destination > 0 and evidence.late_frames_from_source == 0,
+        "downtime_within_target": timeline.downtime_ms <= downtime_target_ms,
+    }
+    if announce != "none":
+        first = evidence.first_announcement_ns
+        checks["announced_after_resume"] = first is not None and first >= timeline.resuming_ns
+    return Findings(
+        checks,
+        {
+            "migration": _migration(result, timeline, ram_bytes, downtime_target_ms),
+            "network": _network(probes, timeline),
+            "announce": {
+                "mode": announce,
+                "frames": evidence.announcements,
+                "first_after_resume_ms": _ms_after(evidence.first_announcement_ns, timeline.resuming_ns),
+            },
+            "controller": {"relearn_ms": timeline.relearn_ms, "cause": timeline.relearn_cause},
+        },
+    )
+
+
+def _migration(result: Result, timeline: Timeline, ram_bytes: int, target_ms: float) -> dict[str, Any]:
+    outcome = result.outcome
+    longest = max(outcome.rounds, key=lambda r: r.bytes)
+    return {
+        "vm": result.vm,
+        "source": result.source,
+        "destination": result.destination,
+        "mode": "precopy",
+        "ram_bytes": ram_bytes,
+        "rounds": [msgspec.structs.asdict(r) for r in outcome.rounds],
+        "residual_pages": outcome.residual_pages,
+        "bytes_on_wire": outcome.bytes_on_wire,
+        "total_ms": timeline.total_ms,
+        "downtime_ms": timeline.downtime_ms,
+        "downtime_target_ms": target_ms,
+        "downtime_predicted_ms": outcome.predicted_downtime_ms,
+        "downtime_parts_ms": timeline.parts_ms,
+        "goodput_mbps": longest.bytes * 8 / longest.ms / 1000,
+        "ram_digest_equal": outcome.source_digest == outcome.destination_digest,
+    }
+
+
+def _network(probes: Results, timeline: Timeline) -> dict[str, Any]:
+    window = Window(timeline.suspending_ns, timeline.resumed_ns)
+
+    def around(name: str, arrived_ns: list[int], stopped_ns: int) -> tuple[Silence, Silence]:
+        return blackout(arrived_ns, stopped_ns, window), baseline(arrived_ns, stopped_ns, [window])
+
+    ping, quiet_ping = around("ping", probes.ping.arrived_ns, probes.ping.stopped_ns)
+    udp, quiet_udp = around("udp", probes.udp.arrived_ns, probes.udp.stopped_ns)
+    bulk, quiet_bulk = around("bulk", probes.bulk.arrived_ns, probes.bulk.stopped_ns)
+    answers, quiet_answers = around("transactions", probes.transactions.arrived_ns, probes.transactions.stopped_ns)
+    return {
+        "ping_gap_ms": ping.length_ms,
+        "ping_lost": probes.ping.lost,
+        "udp_gap_ms": udp.length_ms,
+        "udp_sent": probes.udp.sent,
+        "udp_lost": probes.udp.lost,
+        "udp_duplicated": probes.udp.duplicated,
+        "tcp_stall_ms": bulk.length_ms,
+        "tcp_bytes_verified": probes.bulk.verified_bytes,
+        "transaction_stall_ms": answers.length_ms,
+        "transactions": probes.transactions.sent,
+        "transactions_acknowledged": probes.transactions.acked,
+        "transactions_lost": probes.transactions.lost,
+        "transactions_duplicated": probes.transactions.duplicated,
+        # the longest silences of the same run far from the migration: the testbed's own noise
+        "baseline_ms": {
+            "ping": quiet_ping.length_ms,
+            "udp": quiet_udp.length_ms,
+            "tcp": quiet_bulk.length_ms,
+            "transaction": quiet_answers.length_ms,
+        },
+    }
+
+
+def _ms_after(moment_ns: int | None, origin_ns: int) -> float | None:
+    return None if moment_ns is None else (moment_ns - origin_ns) / 1e6
