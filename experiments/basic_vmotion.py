@@ -9,7 +9,7 @@
 
 What to look for in capture.pcapng:
 
-    rarp                                        the destination announces the VM's MAC: five frames
+    eth.type == 0x8035                          RARP: the destination announces the VM's MAC: five frames
     tcp.port == 8000                            the vMotion stream on the cable; its last frames are the switchover
     tcp.port == 7100                            the transactions: one connection, one SYN, no RST
     openflow_v4                                 packet-in, flow-mods and barrier of the relearning
@@ -54,7 +54,7 @@ def run(run: Run) -> Findings:
     events = read_events(run.events_file)
     line = timeline(events, result.migration, vm.mac)
     clock = Clock(find(events, "run.begin")[0]["clocks"], clock_pair())
-    evidence = examine(run.pcap, vm, result.source, destination, client.name, line, clock)
+    evidence = examine(run.pcap, vm, result, client.name, seen.transactions.stopped_ns, line, clock)
     findings = judge(
         result,
         line,

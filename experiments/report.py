@@ -100,4 +100,4 @@ def conclusion(summary: dict[str, Any], folder: Path) -> None:
     say(f"results  {folder}")
     capture = folder / "capture.pcapng"
     if capture.exists():
-        say(f"look at  wireshark {capture}      (or: tshark -r {capture} -Y rarp)")
+        say(f"look at  wireshark {capture}      (or: tshark -r {capture} -Y 'eth.type == 0x8035')")

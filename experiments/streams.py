@@ -130,7 +130,7 @@ class Arrivals:
 
     def add(self, now_ns: int) -> None:
         """Note an arrival; times must not decrease."""
-        if not self._kept or now_ns - self._latest >= BULK_GRAIN_NS or now_ns - self._kept[-1] >= BULK_GRAIN_NS:
+        if not self._kept or now_ns - self._kept[-1] >= BULK_GRAIN_NS:
             self._keep_latest()
             self._kept.append(now_ns)
         self._latest = now_ns

@@ -17,7 +17,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from experiments.capture import Capture, CaptureNode
+from experiments.capture import WHOLE_FRAMES, Capture, CaptureNode
 from experiments.children import Child
 from experiments.run import Run
 from experiments.world import open_vswitch, widen_port_buffers
@@ -30,6 +30,8 @@ from topologies.units import format_size
 
 _ROOT = Path(__file__).parent.parent
 _CONTROLLER_PORT = 6653
+# Enough of a frame for every header and a small request; the RAM itself need not be kept.
+HEADERS_BYTES = 192
 _UP_WITHIN_S = 20.0
 _DOWN_WITHIN_S = 15.0
 
@@ -72,16 +74,15 @@ class Testbed:
         return popen
 
     def capture(self) -> Capture:
-        """A capture of every node: the hosts' uplinks and management, the clients, the switch and its OpenFlow."""
-        plan = self.run.plan
-        hosts = [
-            CaptureNode(host.name, self.popen(host.name), tuple(f"{host.name}-vmnic{n}" for n in range(3)))
-            for host in plan.hosts
-        ]
-        clients = [CaptureNode(client.name, self.popen(client.name), (f"{client.name}-eth0",)) for client in plan.clients]
-        ports = tuple(intf.name for intf in self.net[plan.switch].intfList() if intf.link)
-        switch = CaptureNode(plan.switch, Popen, (*ports, "lo"))
-        return Capture(self.run.pcap, [*hosts, *clients, switch])
+        """A capture of every node's ends of links, and of the OpenFlow connection (lo of the root namespace)."""
+        plan, nodes = self.run.plan, []
+        for name in [*(host.name for host in plan.hosts), *(client.name for client in plan.clients), plan.switch]:
+            links = [intf.name for intf in self.net[name].intfList() if intf.link]
+            interfaces = [(link, HEADERS_BYTES) for link in links]
+            if name == plan.switch:
+                interfaces.append(("lo", WHOLE_FRAMES))
+            nodes.append(CaptureNode(name, Popen if name == plan.switch else self.popen(name), tuple(interfaces)))
+        return Capture(self.run.pcap, nodes)
 
     def agent_memory(self) -> dict[str, str]:
         """Each agent's memory beside the guests' RAM."""

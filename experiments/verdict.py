@@ -1,6 +1,6 @@
 """Whether a migration was what vMotion promises: measurements in, named checks and figures out. Pure."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgspec
@@ -57,6 +57,7 @@ def judge(
                 "frames": evidence.announcements,
                 "first_after_resume_ms": _ms_after(evidence.first_announcement_ns, timeline.resuming_ns),
             },
+            "evidence": asdict(evidence),
             "controller": {"relearn_ms": timeline.relearn_ms, "cause": timeline.relearn_cause},
         },
     )

@@ -107,8 +107,8 @@ def restore(state: TcpState) -> socket.socket:
 
 def _restore(sock: socket.socket, state: TcpState) -> None:
     sent = len(state.send_queue) - state.unsent
+    # Repair mode also lets us bind beside the service's listener; SO_REUSEADDR would take that back.
     sock.setsockopt(_TCP, _TCP_REPAIR, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # queues are pushed in whole: a segment of a few bytes costs far more than its bytes
     sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, max(state.sndbuf, 4 * len(state.send_queue) + (1 << 20)))
     sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, max(state.rcvbuf, 4 * len(state.recv_queue) + (1 << 20)))

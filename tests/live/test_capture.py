@@ -88,6 +88,22 @@ def test_the_last_frame_before_the_end_and_a_burst_are_not_lost(nodes: list[Capt
     assert [count.dropped for count in capture.counts] == [0, 0, 0]
 
 
+def test_frames_that_are_not_in_order_within_a_file_are_put_in_order(nodes: list[CaptureNode], tmp_path: Path) -> None:
+    esx1 = nodes[:1]
+    with Capture(tmp_path / "earlier", esx1):
+        send(2)
+    with Capture(tmp_path / "later", esx1) as capture:
+        send(2)
+    earlier, later = (tmp_path / folder / "esx1.pcapng" for folder in ("earlier", "later"))
+    run("mergecap", "-a", "-w", str(tmp_path / "swapped"), str(later), str(earlier))
+    (tmp_path / "swapped").replace(later)
+    capture.merge(tmp_path / "capture.pcapng")
+
+    times_ns = [frame.time_ns for frame in frames(tmp_path / "capture.pcapng", FILTER)]
+    assert len(times_ns) == 4
+    assert times_ns == sorted(times_ns)
+
+
 def test_a_folder_that_dumpcap_may_not_reach_by_its_path_is_no_obstacle(
     nodes: list[CaptureNode], tmp_path: Path
 ) -> None:
@@ -136,15 +152,17 @@ def test_a_capture_that_died_is_an_error_at_the_end(nodes: list[CaptureNode], tm
 def test_a_capture_that_stopped_because_an_interface_went_away_is_an_error_at_the_end(
     nodes: list[CaptureNode], tmp_path: Path
 ) -> None:
-    run("ip", "link", "add", "brief", "type", "dummy")
+    run("ip", "link", "add", "brief", "type", "veth", "peer", "name", "other")
     run("ip", "link", "set", "brief", "up")
     here = CaptureNode("esx1", subprocess.Popen, (("near", WHOLE_FRAMES), ("brief", WHOLE_FRAMES)))
-    with (
-        pytest.raises(TestbedError, match='the capture on esx1 ended before its time; .*"brief"'),
-        Capture(tmp_path, [here]),
-    ):
-        run("ip", "link", "delete", "brief")
-        time.sleep(0.2)
+
+    def block() -> None:
+        with Capture(tmp_path, [here]):
+            run("ip", "link", "delete", "brief")
+            time.sleep(0.2)
+
+    with pytest.raises(TestbedError, match=r'the capture on esx1 ended before its time; .*"brief"'):
+        block()
     assert no_dumpcap_is_left()
 
 

@@ -32,6 +32,7 @@ def tagged(frame: bytes) -> bytes:
         (arp(MAC, NO_IP, IP), "frame"),  # an RFC 5227 probe: the address is not in use yet
         (arp(MAC, NO_IP, NO_IP), "frame"),
         (arp(MAC, IP, IP)[:41], "frame"),  # cut within its target address
+        (arp(MAC, IP, IP)[:20], "frame"),  # cut before its addresses
         (ethernet(MAC, ethertype=0x0806, payload=b"\x00\x06" + bytes(30)), "frame"),  # ARP, but not for Ethernet
         (ethernet(MAC), "frame"),
         (ethernet(MAC)[:14], "frame"),
