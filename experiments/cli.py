@@ -118,13 +118,16 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--list", action="store_true", help="name the row groups")
     bench.add_argument("--json", type=Path, metavar="FILE", default=None, help="write the rows here too")
     bench.add_argument("--migrations", type=int, default=5, help="samples of each figure")
-    test = commands.add_parser("test", help="the whole test suite (root)", add_help=False)
-    test.add_argument("pytest", nargs=argparse.REMAINDER)
+    commands.add_parser("test", help="the whole test suite (root); further words go to pytest")
     commands.add_parser("check", help="format, lint, types, imports, unit tests (no root)")
     return parser
 
 
 def _run(words: Sequence[str]) -> int:
+    if words[:1] == ["test"]:
+        from experiments import suite
+
+        return suite.main(list(words[1:]))
     chosen = _parser().parse_args(words)
     match chosen.command:
         case "demo":
@@ -135,10 +138,6 @@ def _run(words: Sequence[str]) -> int:
             from experiments import bench
 
             return bench.main(chosen.only, chosen.list, chosen.json, chosen.migrations)
-        case "test":
-            from experiments import suite
-
-            return suite.main(chosen.pytest)
         case _:
             from experiments import check
 

@@ -7,6 +7,7 @@ An experiment is a module of this package with a function
 It is called inside the run's world; the exit status is 0 if and only if every check of its Findings is true.
 """
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -42,9 +43,9 @@ def _inside(name: str, experiment: Experiment, options: Options) -> int:
     except TestbedError as error:
         summary["error"] = str(error)
         status = error.exit_status
-    except (KeyboardInterrupt, SystemExit):
-        summary["error"] = "interrupted"
-        raise
+    except (KeyboardInterrupt, SystemExit) as stop:
+        summary["error"] = "interrupted; everything is taken down"
+        status = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else int(stop.code or 1)
     except Exception as error:  # a bug of ours: told in full in the logs, in one line to the person
         summary["error"] = f"internal error: {error!r}; see {run.logs}/traceback.log"
         (run.logs / "traceback.log").write_text(traceback.format_exc())

@@ -5,6 +5,7 @@ results/latest                       a link to the newest
 """
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -55,9 +56,14 @@ class Run:
         return self.options.plan
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """summary.json, and results/latest (when the folder is one of the default ones)."""
+        """summary.json, the last file of a run; then everything belongs to the person who called sudo."""
         self.events.emit("run.end", verdict=summary["verdict"], clocks=clock_pair())
         self._write("summary.json", summary)
+        owner = os.environ.get("SUDO_UID", ""), os.environ.get("SUDO_GID", "")
+        if all(number.isdigit() for number in owner):
+            uid, gid = map(int, owner)
+            for path in (self.folder, *self.folder.rglob("*")):
+                os.chown(path, uid, gid, follow_symlinks=False)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -68,7 +74,7 @@ class Run:
             "command_line": list(self.options.command_line),
             "begun": datetime.now(UTC).isoformat(timespec="seconds"),
             "kernel": platform.release(),
-            "machine": f"{platform.machine()}, {_cpus()} CPUs",
+            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs",
             "python": platform.python_version(),
             "versions": {program: _version(*words) for program, words in _PROGRAMS.items()},
             "plan_file": str(self.options.plan_file),
@@ -91,12 +97,6 @@ def _version(*words: str) -> str:
     out = subprocess.run(words, capture_output=True, text=True, check=False).stdout
     found = re.search(r"\d+(\.\d+)+|iproute2-[\w.]+|\b20\d{6}\b", out)
     return found[0] if found else "unknown"
-
-
-def _cpus() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))
 
 
 def _new_folder(experiment: str, out: Path | None) -> Path:

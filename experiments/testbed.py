@@ -9,7 +9,6 @@ Everything started is owned here and ends with the block, in the reverse order.
 
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ from typing import Any
 from experiments.capture import WHOLE_FRAMES, Capture, CaptureNode
 from experiments.children import Child
 from experiments.run import Run
-from experiments.world import open_vswitch, widen_port_buffers
+from experiments.world import PRIVATE, open_vswitch, widen_port_buffers
 from hosts.control import MANAGER, issue_certificates
 from hosts.vcenter import VCenter
 from topologies.errors import TestbedError
@@ -142,12 +141,11 @@ class Testbed:
             net.stop()
 
     def _certificates(self) -> Path:
-        """Keys of this run, in a folder that nobody else can read and that ends with the testbed."""
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vmotion-"))
+        """Keys of this run, in a folder that ends with its world."""
         plan = self.run.plan
         names = {MANAGER: [plan.manager_ip]} | {host.name: [host.management] for host in plan.hosts}
-        issue_certificates(Path(folder), names)
-        return Path(folder)
+        issue_certificates(PRIVATE, names)
+        return PRIVATE
 
     def _start_agents(self, certificates: Path) -> None:
         datastore = self.run.folder / "datastore"

@@ -32,6 +32,8 @@ _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
 
 _OVS_RUN, _OVS_ETC, _OVS_LOG = Path("/run/openvswitch"), Path("/etc/openvswitch"), Path("/var/log/openvswitch")
 _OVS_SCHEMA = Path("/usr/share/openvswitch/vswitch.ovsschema")
+# A folder that only this world sees: for what must not outlive it, whatever happens, like keys.
+PRIVATE = _OVS_RUN / "vmotion"
 # The kernel gives OVS's packet sockets 212 992 bytes by default and they drop silently beyond it.
 _PORT_BUFFER_BYTES = 16 * 2**20
 
@@ -113,6 +115,7 @@ def _make_private() -> None:
     run("mount", "-t", "sysfs", "sysfs", "/sys")  # /sys/class/net shows the namespace it was mounted in
     for folder in (_OVS_RUN, _OVS_ETC, _OVS_LOG):
         run("mount", "-t", "tmpfs", "tmpfs", str(folder))
+    PRIVATE.mkdir(mode=0o700)
     run("ip", "link", "set", "lo", "up")
 
 
