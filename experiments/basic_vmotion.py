@@ -41,14 +41,16 @@ def run(run: Run) -> Findings:
     with Testbed(run) as testbed:
         with testbed.capture() as capture:
             testbed.vcenter.power_on(vm.name)
-            with Probes(testbed.popen(client.name), str(vm.interface.ip), run.folder / "probes", options.seed) as probes:
+            with Probes(
+                testbed.popen(client.name), str(vm.interface.ip), run.folder / "probes", options.seed
+            ) as probes:
                 time.sleep(BEFORE_S)
                 report.say(f"{vm.name} migrates from {vm.host} to {destination} while {client.name} uses it")
                 with report.rounds() as show:
                     result = testbed.vcenter.migrate(vm.name, destination, options.policy, show)
                 time.sleep(AFTER_S)
                 seen = probes.stop()
-        memory = testbed.agent_memory()
+        memory = testbed.agent_memory_bytes()
         capture.merge(run.folder / "capture.pcapng")
     report.say("everything is taken down; reading the captures")
     events = read_events(run.events_file)
@@ -65,8 +67,8 @@ def run(run: Run) -> Findings:
         announce=options.announce,
     )
     dropped = {f"{count.node}:{count.interface}": count.dropped for count in capture.counts if count.dropped}
-    return Findings(findings.checks, findings.sections | {"agent_memory": memory, "capture_dropped": dropped})
+    return Findings(findings.checks, findings.sections | {"agent_memory_bytes": memory, "capture_dropped": dropped})
 
 
 if __name__ == "__main__":
-    script("basic_vmotion")
+    script("basic_vmotion", run, __doc__)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from experiments.conduct import conduct
+from experiments.conduct import Experiment, conduct
 from experiments.run import Options
 from hosts.announce import MODES, SCHEDULE_MS
 from hosts.policy import Policy
@@ -27,7 +27,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse without its usage dump: an error is one line."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+        settings.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -131,9 +132,9 @@ def _run(words: Sequence[str]) -> int:
     chosen = _parser().parse_args(words)
     match chosen.command:
         case "demo":
-            return _conduct("basic_vmotion", chosen, words)
+            return _named("basic_vmotion", chosen, words)
         case "run":
-            return _conduct(chosen.experiment, chosen, words)
+            return _named(chosen.experiment, chosen, words)
         case "bench":
             from experiments import bench
 
@@ -144,10 +145,10 @@ def _run(words: Sequence[str]) -> int:
             return check.main()
 
 
-def _conduct(name: str, chosen: argparse.Namespace, words: Sequence[str]) -> int:
+def _named(name: str, chosen: argparse.Namespace, words: Sequence[str]) -> int:
     options = options_of(chosen, ["vmotion", *words])
-    experiment = importlib.import_module(f"experiments.{name}")
-    return conduct(name, experiment.run, options)
+    module = importlib.import_module(f"experiments.{name}")
+    return conduct(name, module.run, options)
 
 
 def _guarded(action: Callable[[], int]) -> int:
@@ -164,11 +165,11 @@ def main() -> int:
     return _guarded(lambda: _run(sys.argv[1:]))
 
 
-def script(name: str) -> NoReturn:
-    """An experiment called as a program of its own: python -m experiments.NAME [options]"""
-    parser = _Parser(prog=f"python -m experiments.{name}", description=EXPERIMENTS[name])
+def script(name: str, experiment: Experiment, about: str | None) -> NoReturn:
+    """An experiment called as a program of its own; `about`, its docstring, is its --help."""
+    parser = _Parser(prog=name, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     experiment_options(parser)
-    sys.exit(_guarded(lambda: _conduct(name, parser.parse_args(), sys.argv)))
+    sys.exit(_guarded(lambda: conduct(name, experiment, options_of(parser.parse_args(), sys.argv))))
 
 
 if __name__ == "__main__":

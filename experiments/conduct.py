@@ -36,6 +36,7 @@ def _inside(name: str, experiment: Experiment, options: Options) -> int:
     except TestbedError as error:
         print(f"vmotion: {error}", file=sys.stderr)
         return error.exit_status
+    before = leftovers()  # namespaces of the machine itself, which a world's copy of its mounts shows
     summary: dict[str, Any] = {"schema": 1, "experiment": name, "verdict": "fail", "checks": {}}
     status = 1
     try:
@@ -50,9 +51,10 @@ def _inside(name: str, experiment: Experiment, options: Options) -> int:
         summary["error"] = f"internal error: {error!r}; see {run.logs}/traceback.log"
         (run.logs / "traceback.log").write_text(traceback.format_exc())
     else:
-        left = leftovers()
+        left = sorted(leftovers() - before)
         summary["checks"] = findings.checks | {"nothing_left_behind": not left}
         summary |= findings.sections
+        summary["wall_s"] = run.wall_s()
         if left:
             summary["left_behind"] = left
         if all(summary["checks"].values()):

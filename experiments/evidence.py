@@ -1,4 +1,4 @@
-"""What the captures prove of a migration, read with tshark: who spoke from where and when, and that no connection broke."""
+"""What the captures prove of a migration, read with tshark: who spoke where and when, and that no connection broke."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,9 @@ class Evidence:
     resets: int  # while the client used them
 
 
-def examine(pcap: Path, vm: VM, result: Result, client: str, until_ns: int, timeline: Timeline, clock: Clock) -> Evidence:
+def examine(
+    pcap: Path, vm: VM, result: Result, client: str, until_ns: int, timeline: Timeline, clock: Clock
+) -> Evidence:
     """Read <pcap>/<node>.pcapng of both hosts and the client; `until_ns`: when the client was told to stop."""
     with ThreadPoolExecutor() as pool:
         at_destination = pool.submit(_spoken, pcap, result.destination, vm, clock)

@@ -47,7 +47,7 @@ def check_machine(plan: Plan) -> None:
     if needed > available:
         raise UsageError(
             f"RAM of {format_size(sum(vm.ram for vm in plan.vms))} is on both hosts during a migration: with the "
-            f"testbed that takes {format_size(needed)}, this machine has {format_size(available)} available; choose less --ram"
+            f"testbed that takes {format_size(needed)}, there are {format_size(available)} left; choose less --ram"
         )
 
 

@@ -34,8 +34,8 @@ def rounds() -> Iterator[Callable[[RoundProgress], None]]:
         def show(note: RoundProgress) -> None:
             if note.number not in bars:
                 bars[note.number] = progress.add_task(f"round {note.number:2}", total=max(note.pages, 1), figures="")
-            figures = _figures(note) if note.round else format_size(note.done_pages * PAGE)
-            progress.update(bars[note.number], completed=max(note.done_pages, note.round is not None), figures=figures)
+            done = max(note.pages, 1) if note.round else note.done_pages
+            progress.update(bars[note.number], completed=done, figures=_figures(note))
 
         yield show
 
@@ -47,7 +47,8 @@ def _print_round(note: RoundProgress) -> None:
 
 def _figures(note: RoundProgress) -> str:
     done = note.round
-    assert done is not None
+    if done is None:
+        return format_size(note.done_pages * PAGE)
     rate = done.bytes * 8 / done.ms / 1000 if done.ms else 0.0
     return (
         f"{format_size(done.bytes):>9} in {done.ms:6.0f} ms ({rate:4.0f} Mbit/s), "
@@ -56,40 +57,61 @@ def _figures(note: RoundProgress) -> str:
 
 
 def table(summary: dict[str, Any]) -> None:
-    """The figures of one migration and the verdict."""
-    migration, network = summary["migration"], summary["network"]
-    announce, controller = summary["announce"], summary["controller"]
-    parts = "  ".join(f"{name} {ms:.1f}" for name, ms in migration["downtime_parts_ms"].items())
-    noise = network["baseline_ms"]
-    rows = [
-        ("moved", f"{migration['vm']}  {migration['source']} -> {migration['destination']}  {format_size(migration['ram_bytes'])} RAM"),
-        ("rounds", f"{len(migration['rounds'])}, then {migration['residual_pages']} pages while suspended"),
-        ("on the wire", f"{format_size(migration['bytes_on_wire'])}, payload at {migration['goodput_mbps']:.0f} Mbit/s"),
-        ("total time", f"{migration['total_ms']:.0f} ms"),
-        ("downtime", f"{migration['downtime_ms']:.1f} ms (target {migration['downtime_target_ms']:g}, predicted {migration['downtime_predicted_ms']:.1f})"),
-        ("  its parts", f"{parts} ms"),
-        ("ping gap", f"{network['ping_gap_ms']:.1f} ms, {network['ping_lost']} lost (elsewhere in this run at most {noise['ping']:.1f} ms)"),
-        ("UDP gap", f"{network['udp_gap_ms']:.1f} ms, {network['udp_lost']} of {network['udp_sent']} lost (elsewhere {noise['udp']:.1f} ms)"),
-        ("TCP stall", f"{network['tcp_stall_ms']:.1f} ms on the bulk stream (elsewhere {noise['tcp']:.1f} ms), {format_size(network['tcp_bytes_verified'])} verified"),
-        (
-            "transactions",
-            f"{network['transactions']} sent, {network['transactions_lost']} lost, "
-            f"{network['transactions_duplicated']} duplicated, longest wait {network['transaction_stall_ms']:.1f} ms",
-        ),
-        ("announced", _announced(announce)),
-        ("relearned", f"{controller['relearn_ms']:.1f} ms after the resume, by {controller['cause']}" if controller["relearn_ms"] else "not at all"),
-        ("agents", "  ".join(f"{host} {size}" for host, size in summary["agent_memory"].items()) + " beside the guest's RAM"),
-    ]
+    """The figures of one migration."""
     grid = Table(title=f"{summary['experiment']}: what happened", show_header=False, title_justify="left")
-    for name, value in rows:
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in [*_migration(summary["migration"]), *_network(summary["network"]), *_around(summary)]:
         grid.add_row(name, value)
     console.print(grid)
 
 
-def _announced(announce: dict[str, Any]) -> str:
-    if not announce["frames"]:
-        return f"nothing ({announce['mode']})"
-    return f"{announce['frames']} {announce['mode']} frames, the first {announce['first_after_resume_ms']:.1f} ms after the resume began"
+Rows = list[tuple[str, str]]
+
+
+def _migration(m: dict[str, Any]) -> Rows:
+    parts = "  ".join(f"{name} {ms:.1f}" for name, ms in m["downtime_parts_ms"].items())
+    aims = f"target {m['downtime_target_ms']:g}, predicted {m['downtime_predicted_ms']:.1f}"
+    return [
+        ("moved", f"{m['vm']}  {m['source']} -> {m['destination']}  {format_size(m['ram_bytes'])} RAM"),
+        ("rounds", f"{len(m['rounds'])}, then {m['residual_pages']} pages while suspended"),
+        ("on the wire", f"{format_size(m['bytes_on_wire'])}, payload at {m['goodput_mbps']:.0f} Mbit/s"),
+        ("total time", f"{m['total_ms']:.0f} ms"),
+        ("downtime", f"{m['downtime_ms']:.1f} ms ({aims})"),
+        ("  its parts", f"{parts} ms"),
+    ]
+
+
+def _network(n: dict[str, Any]) -> Rows:
+    """Each gap beside the longest silence that the same probe saw far from the migration."""
+    noise = {probe: f"elsewhere at most {ms:.1f} ms" for probe, ms in n["baseline_ms"].items()}
+    return [
+        ("ping gap", f"{n['ping_gap_ms']:.1f} ms, {n['ping_lost']} lost ({noise['ping']})"),
+        ("UDP gap", f"{n['udp_gap_ms']:.1f} ms, {n['udp_lost']} of {n['udp_sent']} lost ({noise['udp']})"),
+        ("TCP stall", f"{n['tcp_stall_ms']:.1f} ms ({noise['tcp']}), {format_size(n['tcp_bytes_verified'])} verified"),
+        (
+            "transactions",
+            f"{n['transactions']} sent, {n['transactions_lost']} lost, {n['transactions_duplicated']} duplicated, "
+            f"longest wait {n['transaction_stall_ms']:.1f} ms ({noise['transaction']})",
+        ),
+    ]
+
+
+def _around(summary: dict[str, Any]) -> Rows:
+    announce, controller, wall = summary["announce"], summary["controller"], summary["wall_s"]
+    frames = f"{announce['frames']} frames ({announce['mode']})"
+    if announce["frames"]:
+        frames += f", the first {announce['first_after_resume_ms']:.1f} ms after the resume began"
+    relearned = "not at all"
+    if controller["relearn_ms"] is not None:
+        relearned = f"{controller['relearn_ms']:.1f} ms after the resume began, by {controller['cause']}"
+    agents = "  ".join(f"{host} {format_size(size)}" for host, size in summary["agent_memory_bytes"].items())
+    return [
+        ("announced", frames),
+        ("relearned", relearned),
+        ("agents", f"{agents}  beside the guest's RAM"),
+        ("this run", f"{wall['setup']:.1f} s to set up, {wall['rest']:.1f} s for the rest"),
+    ]
 
 
 def conclusion(summary: dict[str, Any], folder: Path) -> None:
@@ -100,4 +122,5 @@ def conclusion(summary: dict[str, Any], folder: Path) -> None:
     say(f"results  {folder}")
     capture = folder / "capture.pcapng"
     if capture.exists():
-        say(f"look at  wireshark {capture}      (or: tshark -r {capture} -Y 'eth.type == 0x8035')")
+        say(f"look at  wireshark {capture}")
+        say(f"     or  tshark -r {capture} -Y 'eth.type == 0x8035'     (the RARP frames)")

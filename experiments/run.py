@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from hosts.policy import Policy
 from topologies.errors import UsageError
-from topologies.events import EventLog, clock_pair
+from topologies.events import EventLog, clock_pair, find, read_events
 from topologies.plan import Plan
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -54,6 +55,13 @@ class Run:
     @property
     def plan(self) -> Plan:
         return self.options.plan
+
+    def wall_s(self) -> dict[str, float]:
+        """How long the run took: until its first testbed stood, and from then on until now."""
+        events = read_events(self.events_file)
+        begun = events[0]["t"]
+        up = next((event["t"] for event in find(events, "testbed.up")), begun)
+        return {"setup": (up - begun) / 1e9, "rest": (time.monotonic_ns() - up) / 1e9}
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """summary.json, the last file of a run; then everything belongs to the person who called sudo."""

@@ -25,7 +25,6 @@ from hosts.vcenter import VCenter
 from topologies.errors import TestbedError
 from topologies.events import find, read_events
 from topologies.two_hosts import TwoHosts
-from topologies.units import format_size
 
 _ROOT = Path(__file__).parent.parent
 _CONTROLLER_PORT = 6653
@@ -83,9 +82,9 @@ class Testbed:
             nodes.append(CaptureNode(name, Popen if name == plan.switch else self.popen(name), tuple(interfaces)))
         return Capture(self.run.pcap, nodes)
 
-    def agent_memory(self) -> dict[str, str]:
+    def agent_memory_bytes(self) -> dict[str, int]:
         """Each agent's memory beside the guests' RAM."""
-        return {name: format_size(status["memory_bytes"]) for name, status in self.vcenter.status().items()}
+        return {name: status["memory_bytes"] for name, status in self.vcenter.status().items()}
 
     # ------------------------------------------------------------ parts
 
@@ -117,7 +116,7 @@ class Testbed:
         from mininet.net import Mininet
         from mininet.node import Controller
 
-        class Running(Controller):  # type: ignore[misc]
+        class Running(Controller):
             """A controller that was started by someone else."""
 
             def checkListening(self) -> None:  # noqa: N802  (Mininet's name; its own check needs telnet)

@@ -195,21 +195,22 @@ def widen_port_buffers(vswitchd: subprocess.Popen[bytes]) -> int:
 # ---------------------------------------------------------------- what is left
 
 
-def leftovers() -> list[str]:
-    """What a run has left in its world: processes other than this one, network devices other than lo."""
+def leftovers() -> set[str]:
+    """What is in this world beside this process: processes, network devices, namespaces held by a mount."""
     while True:  # orphans were adopted by PID 1: collect those that have ended
         try:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
                 break
         except ChildProcessError:
             break
-    found = []
+    found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
             except FileNotFoundError:  # it ended while we looked
                 continue
-            found.append(f"process {entry.name} {command}")
-    found += [f"device {name}" for _, name in socket.if_nameindex() if name != "lo"]
-    return found
+            found.add(f"process {entry.name} {command}")
+    found |= {f"device {name}" for _, name in socket.if_nameindex() if name != "lo"}
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    return found | {f"namespace {mount.split()[4]}" for mount in mounts if " - nsfs " in mount}

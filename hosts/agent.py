@@ -25,7 +25,7 @@ from hosts.datastore import LocalDatastore
 from hosts.destination import IncomingMigration
 from hosts.machine import Machine, Site
 from hosts.protocol import Hello, Kind, Session
-from hosts.source import OutgoingMigration, Outcome
+from hosts.source import Outcome, OutgoingMigration
 from hosts.stream import PEER_TIMEOUT_S, Stream
 from topologies.errors import TestbedError
 from topologies.events import EventLog
@@ -123,7 +123,9 @@ class Agent:
             cancel = self.leaving[request.migration] = threading.Event()
             try:
                 with self._connect(request.ip, request.port) as stream:
-                    outgoing = OutgoingMigration(machine, request.migration, stream, request.policy, notify, cancel.is_set)
+                    outgoing = OutgoingMigration(
+                        machine, request.migration, stream, request.policy, notify, cancel.is_set
+                    )
                     outcome = outgoing.run(request.token)
             finally:
                 del self.leaving[request.migration]

@@ -29,9 +29,7 @@ def frames(mode: str, mac: str, ip: str) -> list[bytes]:
     from scapy.layers.l2 import ARP, Ether
 
     everyone = "ff:ff:ff:ff:ff:ff"
-    rarp = Ether(src=mac, dst=everyone, type=0x8035) / ARP(
-        op=3, hwsrc=mac, hwdst=mac, psrc="0.0.0.0", pdst="0.0.0.0"
-    )
+    rarp = Ether(src=mac, dst=everyone, type=0x8035) / ARP(op=3, hwsrc=mac, hwdst=mac, psrc="0.0.0.0", pdst="0.0.0.0")
     garp = Ether(src=mac, dst=everyone, type=0x0806) / ARP(op=1, hwsrc=mac, hwdst="00:00:00:00:00:00", psrc=ip, pdst=ip)
     chosen = {"rarp": [rarp], "garp": [garp], "both": [rarp, garp], "none": []}[mode]
     return [bytes(frame).ljust(60, b"\0") for frame in chosen]

@@ -107,7 +107,7 @@ Handler = Callable[[Any, Notify], Any]
 
 
 def issue_certificates(folder: Path, names: dict[str, list[str]]) -> None:
-    """A new authority, and for each name a certificate for its addresses: <folder>/ca.pem, <name>.pem (key included)."""
+    """A new authority, and for each name a certificate for its addresses: <folder>/ca.pem, <name>.pem (and key)."""
     import trustme
 
     authority = trustme.CA()

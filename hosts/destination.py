@@ -1,11 +1,11 @@
 """An incoming migration, phase by phase. Until the claim any failure ends with nothing left of the VM here.
 
-    prepare       RAM, guest process, namespace, dark port, announcement frames       (before the source starts)
-    greet         HELLO, WELCOME
-    receive       pages into RAM, an acknowledgement for every round
-    restore       RAM checked against the source's digest, sockets restored
-    claim         the next generation on the datastore            <== POINT OF NO RETURN
-    resume        gate open, guest told to run, first announcement, RESUMED
+prepare       RAM, guest process, namespace, dark port, announcement frames       (before the source starts)
+greet         HELLO, WELCOME
+receive       pages into RAM, an acknowledgement for every round
+restore       RAM checked against the source's digest, sockets restored
+claim         the next generation on the datastore            <== POINT OF NO RETURN
+resume        gate open, guest told to run, first announcement, RESUMED
 """
 
 import secrets
@@ -59,7 +59,9 @@ class IncomingMigration:
     def greet(self, stream: Stream, hello: Hello) -> None:
         version = negotiate(hello.major, hello.minor)
         if hello.ram_bytes != self.machine.guest.ram.size:
-            raise RemoteProtocolError(f"{hello.ram_bytes} bytes of RAM announced, prepared {self.machine.guest.ram.size}")
+            raise RemoteProtocolError(
+                f"{hello.ram_bytes} bytes of RAM announced, prepared {self.machine.guest.ram.size}"
+            )
         stream.send(Welcome(*version))
 
     def receive(self, stream: Stream) -> State:

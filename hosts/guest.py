@@ -38,7 +38,8 @@ class Guest(ABC):
 
     vm: VM
     ram: Ram
-    bitmap: DirtyBitmap  # valid once it is powered on or awaits its state
+    bitmap: DirtyBitmap  # these two are valid once it is powered on or awaits its state
+    tracking: str  # how the bitmap is read (hosts/ram.py)
 
     @property
     @abstractmethod

@@ -26,7 +26,9 @@ TRANSFER, DONE = b"XFER", b"DONE"
 # AUDIT: `sequence` is the first entry wanted, `amount` how many. The reply is LEDGER, the number of
 # records that follow and the total of all accounts, then that many records.
 AUDIT, LEDGER = b"AUDT", b"LEDG"
-RECORD = np.dtype([("entry", ">u8"), ("sequence", ">u8"), ("client", ">u4"), ("from", ">u4"), ("to", ">u4"), ("amount", ">u4")])
+RECORD = np.dtype(
+    [("entry", ">u8"), ("sequence", ">u8"), ("client", ">u4"), ("from", ">u4"), ("to", ">u4"), ("amount", ">u4")]
+)
 MAX_AUDIT_RECORDS = 4096
 
 ACCOUNTS = 1024
@@ -134,5 +136,7 @@ class Ledger:
         known = self.records(self.entries - MAX_AUDIT_RECORDS + 1, MAX_AUDIT_RECORDS)
         mine = known[(known["client"] == transfer.client) & (known["sequence"] == transfer.sequence)]
         if not mine.size:
-            raise LedgerError(f"client {transfer.client:#x} repeats number {transfer.sequence}, long gone from the ledger")
+            raise LedgerError(
+                f"client {transfer.client:#x} repeats number {transfer.sequence}, long gone from the ledger"
+            )
         return int(mine["entry"][0])

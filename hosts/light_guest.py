@@ -289,7 +289,9 @@ class LightGuest:
             try:
                 if connection.service == "bulk":
                     due = max(1, int(self.vm.bulk_rate / 8 * elapsed))
-                    connection.offset += self._send(sock, connection, bulk.pattern(connection.offset, min(due, 1 << 17)))
+                    connection.offset += self._send(
+                        sock, connection, bulk.pattern(connection.offset, min(due, 1 << 17))
+                    )
                     connection.unsent = b""  # the pattern is known: what did not fit is made again
                 elif connection.unsent:
                     self._send(sock, connection, connection.unsent)
@@ -298,7 +300,7 @@ class LightGuest:
                 self._drop(sock)
 
     def _dirty(self, elapsed: float) -> None:
-        """Write one word in each of the next pages, chosen by a counter's hash (splitmix64): no state but the counter."""
+        """Write one word in each of the next pages; a counter's hash (splitmix64) chooses them: the only state."""
         header, pages = self.memory.header, len(self.memory.working_set)
         due = self.vm.dirty_rate * elapsed / PAGE + float(header[3].view(np.float64))
         count = int(due)

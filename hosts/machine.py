@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyroute2 import IPRoute
 
@@ -54,7 +55,7 @@ class Machine:
             raise
         return cls(site, vm, guest, port, announcer, vswitch)
 
-    def emit(self, kind: str, **fields: object) -> int:
+    def emit(self, kind: str, **fields: Any) -> int:
         return self.site.events.emit(kind, vm=self.vm.name, **fields)
 
     def dismantle(self) -> None:

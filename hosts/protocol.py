@@ -202,7 +202,9 @@ def parse_body(kind: Kind, data: bytes) -> Any:
 def negotiate(major: int, minor: int) -> tuple[int, int]:
     """The version to speak: ours, or the peer's older minor; another major is refused."""
     if major != MAJOR:
-        raise RemoteProtocolError(f"the peer speaks version {major}.{minor}, this host {MAJOR}.{MINOR}; update the older")
+        raise RemoteProtocolError(
+            f"the peer speaks version {major}.{minor}, this host {MAJOR}.{MINOR}; update the older"
+        )
     return MAJOR, min(minor, MINOR)
 
 
@@ -221,7 +223,12 @@ _SOURCE = {
         "receive ABORT": "aborted",
         "lost": "aborted",
     },
-    "round_ended": {"receive ROUND_ACK": "precopy", "receive ABORT": "aborted", "send ABORT": "aborted", "lost": "aborted"},
+    "round_ended": {
+        "receive ROUND_ACK": "precopy",
+        "receive ABORT": "aborted",
+        "send ABORT": "aborted",
+        "lost": "aborted",
+    },
     "suspended": {
         "send PAGES": "suspended",
         "send ZERO": "suspended",
@@ -290,7 +297,9 @@ class Session:
         """The peer sent this; it must be the next frame and be allowed now."""
         self._sequence["receive"] += 1
         if header.sequence != self._sequence["receive"]:
-            raise RemoteProtocolError(f"{header.kind.name} is frame {header.sequence}, due was {self._sequence['receive']}")
+            raise RemoteProtocolError(
+                f"{header.kind.name} is frame {header.sequence}, due was {self._sequence['receive']}"
+            )
         self.step(f"receive {header.kind.name}")
 
     def may(self, event: str) -> bool:

@@ -54,16 +54,6 @@ def count(runs: np.ndarray) -> int:
     return int((runs[:, 1].astype(np.int64) - runs[:, 0]).sum())
 
 
-def union(runs: np.ndarray) -> np.ndarray:
-    """The same pages as ascending, disjoint runs that do not touch."""
-    if not len(runs):
-        return runs
-    runs = runs[np.argsort(runs[:, 0], kind="stable")]
-    first, reach = runs[:, 0], np.maximum.accumulate(runs[:, 1])
-    apart = first[1:] > reach[:-1]
-    return np.stack([first[np.concatenate(([True], apart))], reach[np.concatenate((apart, [True]))]], 1)
-
-
 class Ram:
     """A guest's memory as this process sees it: `bytes` (uint8), `words` (pages x 512 uint64), `buffer`."""
 
@@ -134,7 +124,8 @@ class PageHashes:
         """These pages have their final content for now."""
         buffer, digest = self._buffer, xxhash.xxh3_64_intdigest
         for first, end in runs.tolist():
-            self._hashes[first:end] = [digest(buffer[at : at + PAGE]) for at in range(first * PAGE, end * PAGE, PAGE)]
+            starts = range(first * PAGE, end * PAGE, PAGE)
+            self._hashes[first:end] = [digest(buffer[at : at + PAGE]) for at in starts]
 
     def note_zero(self, runs: np.ndarray) -> None:
         for first, end in runs.tolist():
@@ -149,7 +140,9 @@ class PageHashes:
 # linux/userfaultfd.h and linux/fs.h (kernel 6.7)
 _SYS_USERFAULTFD = 323
 _UFFD_API, _UFFDIO_API, _UFFDIO_REGISTER = 0xAA, 0xC018AA3F, 0xC020AA00
-_UFFD_WP_FEATURES = 1 << 0 | 1 << 12 | 1 << 13 | 1 << 15  # PAGEFAULT_FLAG_WP, WP_HUGETLBFS_SHMEM, WP_UNPOPULATED, WP_ASYNC
+_UFFD_WP_FEATURES = (
+    1 << 0 | 1 << 12 | 1 << 13 | 1 << 15
+)  # PAGEFAULT_FLAG_WP, WP_HUGETLBFS_SHMEM, WP_UNPOPULATED, WP_ASYNC
 _UFFD_MODE_WP = 2
 _PAGEMAP_SCAN = 0xC0606610
 _PAGE_IS_WRITTEN = 2
@@ -233,17 +226,21 @@ class WpAsyncBitmap(DirtyBitmap):
             vector = (self._regions.ctypes.data, len(self._regions))
             masks = (0, 0, _PAGE_IS_WRITTEN, 0, _PAGE_IS_WRITTEN)  # max_pages, inverted, mask, any-of, return
             argument = bytearray(self._SCAN.pack(self._SCAN.size, flags, at, self._end, 0, *vector, *masks))
-            filled = fcntl.ioctl(self._pagemap, _PAGEMAP_SCAN, argument, True)
-            found.append(self._regions[:filled].copy())
-            walked = self._SCAN.unpack(argument)[4]
+            filled = int(fcntl.ioctl(self._pagemap, _PAGEMAP_SCAN, argument, True))
+            walked = int(self._SCAN.unpack(argument)[4])
+            if filled:
+                found.append(self._regions[:filled].copy())
+                # With more than 512 regions the kernel leaves walk_end where its inner buffer was last full, below
+                # regions that it goes on to report (Linux 6.18): from there, pages written since would come twice.
+                walked = max(walked, int(found[-1]["end"][-1]))
             if walked <= at:
                 raise TestbedError("PAGEMAP_SCAN makes no progress: the guest's memory mapping is gone")
             at = walked
-        regions = np.concatenate(found) if found else self._regions[:0]
+        if not found:
+            return NO_RUNS
+        regions = np.concatenate(found)
         edges = np.stack([regions["start"], regions["end"]], 1) - np.uint64(self._first)
-        # While the guest writes, a call sometimes ends with a walk_end *below* regions that it has reported (seen
-        # on Linux 6.18, once in 2000 scans): the next call then reports what was written there since.
-        return union((edges // np.uint64(PAGE)).astype(np.uint32))
+        return (edges // np.uint64(PAGE)).astype(np.uint32)
 
 
 class SoftDirtyBitmap(DirtyBitmap):
@@ -265,7 +262,9 @@ class SoftDirtyBitmap(DirtyBitmap):
 
     def peek(self) -> np.ndarray:
         with open(f"/proc/{self._pid}/pagemap", "rb", buffering=0) as pagemap:
-            entries = np.frombuffer(os.pread(pagemap.fileno(), self._size // PAGE * 8, self._address // PAGE * 8), np.uint64)
+            entries = np.frombuffer(
+                os.pread(pagemap.fileno(), self._size // PAGE * 8, self._address // PAGE * 8), np.uint64
+            )
         return runs_of(np.flatnonzero(entries >> np.uint64(_SOFT_DIRTY_BIT) & np.uint64(1)))
 
     def clear(self) -> None:

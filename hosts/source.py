@@ -1,11 +1,11 @@
 """An outgoing migration, phase by phase. Paused on success, resumed on failure.
 
-    greet         HELLO, WELCOME
-    precopy       rounds from the dirty bitmap until the policy says so
-    suspend       gate shut, guest stopped
-    residual      the pages written since the last round
-    hand_over     device state, TCP connections, digest of RAM
-    conclude      RESUMED: the VM is gone from here; silence: the datastore decides
+greet         HELLO, WELCOME
+precopy       rounds from the dirty bitmap until the policy says so
+suspend       gate shut, guest stopped
+residual      the pages written since the last round
+hand_over     device state, TCP connections, digest of RAM
+conclude      RESUMED: the VM is gone from here; silence: the datastore decides
 """
 
 import time
@@ -203,7 +203,7 @@ class OutgoingMigration:
         raise MigrationFailed(f"VM {self.machine.vm.name} runs again on {self._here}: {error}") from error
 
     def _claim_back(self) -> bool:
-        """Take the next generation ourselves: if that succeeds the destination never can. Suspended until it is clear."""
+        """Take the next generation ourselves: if that succeeds the destination never can. Suspended until then."""
         datastore, vm = self.machine.site.datastore, self.machine.vm.name
         deadline = time.monotonic() + _ASK_FOR_S
         while True:
@@ -211,7 +211,9 @@ class OutgoingMigration:
                 return datastore.claim(vm, self.machine.generation + 1, self._here)
             except DatastoreError as error:
                 if time.monotonic() > deadline:
-                    raise MigrationFailed(f"VM {vm} stays suspended on {self._here}, its owner is unknown: {error}") from error
+                    raise MigrationFailed(
+                        f"VM {vm} stays suspended on {self._here}, its owner is unknown: {error}"
+                    ) from error
                 time.sleep(_ASK_EVERY_S)
 
     @property

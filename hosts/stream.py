@@ -111,7 +111,7 @@ class Stream:
                 chunk = runs_of(pages[full])
             if len(chunk):
                 sent += count(chunk)
-                # Hashed before it is sent: what the guest writes from here on is dirty and will be sent and hashed again.
+                # Hashed before it is sent: what the guest writes from here on is dirty, will be sent and hashed again.
                 hashes.note(chunk)
                 buffers = [ram.buffer[first * PAGE : end * PAGE] for first, end in chunk.tolist()]
                 self._send_frame(Kind.PAGES, round_number, count(chunk), [memoryview(encode_runs(chunk)), *buffers])

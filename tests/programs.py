@@ -36,7 +36,9 @@ class Program:
 
     def wait_for(self, kind: str, timeout_s: float = 60) -> None:
         """Until an event of this kind is recorded."""
-        eventually(lambda: any(event["kind"] == kind for event in self.events()), f"event {kind}", timeout_s, self.process)
+        eventually(
+            lambda: any(event["kind"] == kind for event in self.events()), f"event {kind}", timeout_s, self.process
+        )
 
     def descendants(self) -> dict[int, str]:
         """pid -> command line of every process below this one."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from topologies.errors import UsageError
-from topologies.units import parse_bitrate, parse_percent, parse_rate, parse_size
+from topologies.units import format_size, parse_bitrate, parse_percent, parse_rate, parse_size
 
 DEFAULT_PLAN = Path(__file__).with_name("two_hosts.toml")
 
@@ -185,7 +185,7 @@ def _build(cls: type, table: Any, where: str) -> Any:
     return cls(**values)
 
 
-def _value(hint: Any, spec: dataclasses.Field, value: Any, where: str) -> Any:
+def _value(hint: Any, spec: dataclasses.Field[Any], value: Any, where: str) -> Any:
     if "parse" in spec.metadata:
         if not isinstance(value, str):
             raise PlanError(f"{where}: {value!r} has no unit; write a string with a unit")
@@ -313,7 +313,8 @@ def _check_hosts(plan: Plan) -> None:
                 raise PlanError(f"host {host.name!r}: two vSwitches offer the port group {group!r}")
         for port in host.vmkernel_ports:
             if port.port_group not in groups:
-                raise PlanError(f"host {host.name!r}, {port.name}: no vSwitch offers the port group {port.port_group!r}")
+                where = f"host {host.name!r}, {port.name}"
+                raise PlanError(f"{where}: no vSwitch offers the port group {port.port_group!r}")
         devices = [v.name for v in host.vswitches] + [v.uplink for v in host.vswitches]
         devices += [p.name for p in host.vmkernel_ports] + ["vmnic2"]
         for device in devices:
@@ -349,6 +350,7 @@ def _check_vms(plan: Plan) -> None:
             if not any(vm.port_group in v.port_groups for v in host.vswitches):
                 raise PlanError(f"VM {vm.name!r}: host {host.name!r} has no port group {vm.port_group!r}")
         if vm.ram < MIN_RAM_BYTES or vm.ram % _PAGE:
-            raise PlanError(f"VM {vm.name!r}: RAM of {vm.ram} B; it must be at least 16MiB and whole 4 KiB pages")
+            raise PlanError(f"VM {vm.name!r}: RAM of {vm.ram} bytes; it takes at least 16MiB, in whole 4 KiB pages")
         if not 0 < vm.working_set <= vm.ram // 2:
-            raise PlanError(f"VM {vm.name!r}: working set of {vm.working_set} B; it must be above 0 and at most half of its RAM")
+            size = format_size(vm.working_set)
+            raise PlanError(f"VM {vm.name!r}: working set of {size}; it must be above 0 and at most half of its RAM")

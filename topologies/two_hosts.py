@@ -156,7 +156,12 @@ class TwoHosts(Topo):
         rate = {"bw": plan.link / 1e6} if plan.link else {}
         cable = {"cls": Link, "intf": CableIntf} if plan.link else {}
         self.addLink(
-            first.name, second.name, intfName1=f"{first.name}-vmnic1", intfName2=f"{second.name}-vmnic1", **cable, **rate
+            first.name,
+            second.name,
+            intfName1=f"{first.name}-vmnic1",
+            intfName2=f"{second.name}-vmnic1",
+            **cable,
+            **rate,
         )
         for host in plan.hosts:
             self.addLink(host.name, "mgmt", intfName1=f"{host.name}-vmnic2")

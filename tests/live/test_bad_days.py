@@ -50,7 +50,9 @@ def test_a_cut_cable_leaves_the_vm_at_the_source(tmp_path: Path) -> None:
     nothing_is_left(everyone)
 
 
-@pytest.mark.parametrize("moment", ["run.begin", "controller.listening", "testbed.up", "vm.powered_on", "round.begin", "vm.resumed"])
+@pytest.mark.parametrize(
+    "moment", ["run.begin", "controller.listening", "testbed.up", "vm.powered_on", "round.begin", "vm.resumed"]
+)
 def test_ctrl_c_takes_everything_down(tmp_path: Path, moment: str) -> None:
     program = Program(tmp_path / "out", "demo", *SMALL)
     program.wait_for(moment)
@@ -84,7 +86,9 @@ def test_kill_9_of_the_outer_process_leaves_nothing(tmp_path: Path, moment: str)
 
 
 def test_a_guest_that_writes_faster_than_the_cable_stays_and_the_message_says_why(tmp_path: Path) -> None:
-    program = Program(tmp_path / "out", "demo", *SLOW, "--dirty-rate", "60MB/s", "--working-set", "32MiB", "--timeout-s", "6")
+    program = Program(
+        tmp_path / "out", "demo", *SLOW, "--dirty-rate", "60MB/s", "--working-set", "32MiB", "--timeout-s", "6"
+    )
     status, _, err = program.end()
     assert status == 1
     one_line(err, "does not converge within 6 s", "runs again on esx1" if "runs again" in err else "stays on esx1")

@@ -151,10 +151,16 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
 @contextmanager
-def running(backend: str, events: Path) -> Iterator[tuple[Controller, int]]:
+def running(backend: str, events: Path, port: int = 0) -> Iterator[tuple[Controller, int]]:
     """A controller without a switch, and the port on which it listens."""
-    controller = Controller(backend, events, "--listen", "0.0.0.0", "--port", "0")
+    controller = Controller(backend, events, "--listen", "0.0.0.0", "--port", str(port))
     try:
         yield controller, controller.wait_for("controller.listening")["port"]
     finally:
@@ -385,8 +391,7 @@ def test_a_signal_ends_it_cleanly_with_a_switch_connected(
 
 
 def test_without_an_event_file_it_works_as_well(s1: None, machines: Machines, backend: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     words = [sys.executable, "-m", "controller.app", "--port", str(port)]
     process = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"SDN_BACKEND": backend})
     try:
@@ -414,9 +419,9 @@ def test_bad_input_is_one_clear_line_and_status_2(options: list[str], says: str)
     assert_refused(options, says)
 
 
-def test_a_port_in_use_is_refused(listening: tuple[Controller, int], backend: str) -> None:
-    _, port = listening
-    assert_refused(["--port", str(port)], str(port), backend)
+def test_a_port_in_use_is_refused(backend: str, tmp_path: Path) -> None:
+    with running(backend, tmp_path / "events.jsonl", free_port()) as (_, port):
+        assert_refused(["--listen", "0.0.0.0", "--port", str(port)], str(port), backend)
 
 
 def test_an_unknown_backend_is_refused() -> None:

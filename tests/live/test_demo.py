@@ -29,7 +29,12 @@ def test_the_verdict_is_pass_and_every_check_is_true(summary: dict[str, Any]) ->
     assert summary["schema"] == 1 and summary["experiment"] == "basic_vmotion"
     assert summary["checks"] == dict.fromkeys(summary["checks"], True)
     promised = {"ram_digests_equal", "tcp_connection_survived", "no_transaction_lost", "no_transaction_duplicated"}
-    promised |= {"vm_answers_from_destination", "announced_after_resume", "downtime_within_target", "nothing_left_behind"}
+    promised |= {
+        "vm_answers_from_destination",
+        "announced_after_resume",
+        "downtime_within_target",
+        "nothing_left_behind",
+    }
     assert promised <= set(summary["checks"])
 
 
@@ -55,7 +60,14 @@ def test_only_filled_pages_cross_the_cable(summary: dict[str, Any]) -> None:
 
 def test_the_person_sees_the_rounds_the_table_and_where_to_look(demo: tuple[Path, str]) -> None:
     folder, out = demo
-    for words in ("round  1", "downtime", "UDP gap", "transactions", "verdict  pass", f"wireshark {folder}/capture.pcapng"):
+    for words in (
+        "round  1",
+        "downtime",
+        "UDP gap",
+        "transactions",
+        "verdict  pass",
+        f"wireshark {folder}/capture.pcapng",
+    ):
         assert words in out
 
 
@@ -68,7 +80,9 @@ def test_the_merged_capture_is_in_the_order_of_time_and_has_every_link(demo: tup
 
 
 def test_the_capture_shows_the_rarp_frames_that_the_article_asks_for(demo: tuple[Path, str]) -> None:
-    rarp = fields(demo[0] / "pcap/esx2.pcapng", "eth.type == 0x8035", "eth.dst", "eth.src", "arp.src.hw_mac", "arp.opcode")
+    rarp = fields(
+        demo[0] / "pcap/esx2.pcapng", "eth.type == 0x8035", "eth.dst", "eth.src", "arp.src.hw_mac", "arp.opcode"
+    )
     assert set(rarp) == {("ff:ff:ff:ff:ff:ff", "00:50:56:00:00:01", "00:50:56:00:00:01", "3")}
 
 

@@ -1,0 +1,89 @@
+"""Bad input: one clear line that names the thing, the reason and the remedy; exit status 2; nothing is made."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import cli, run
+from topologies.plan import DEFAULT_PLAN
+
+BAD = [
+    ([], "COMMAND", "--help"),
+    (["fly"], "'fly'", "demo"),
+    (["demo", "--bogus"], "--bogus", "--help"),
+    (["demo", "--ra", "512MiB"], "--ra", "--help"),  # no abbreviations: they would change their meaning one day
+    (["demo", "--ram", "512"], "'512' has no unit", "512MiB"),
+    (["demo", "--ram", "512MQ"], "'MQ'", "512MiB"),
+    (["demo", "--ram", "0MiB"], "RAM", "16MiB"),
+    (["demo", "--ram", "100kB"], "RAM", "4 KiB pages"),
+    (["demo", "--ram", "64EiB"], "'EiB'", "512MiB"),
+    (["demo", "--working-set", "512MiB"], "working set", "half of its RAM"),
+    (["demo", "--fill", "120%"], "120%", "75%"),
+    (["demo", "--dirty-rate", "50MB"], "'MB'", "50MB/s"),
+    (["demo", "--link", "fast"], "'fast'", "1Gbit"),
+    (["demo", "--downtime-ms", "0"], "'0'", "positive"),
+    (["demo", "--downtime-ms", "nan"], "'nan'", "positive"),
+    (["demo", "--announce", "shout"], "'shout'", "rarp"),
+    (["demo", "--announce-ms", "50,0"], "50,0", "0,50,200,450,800"),
+    (["demo", "--mode", "teleport"], "'teleport'", "precopy"),
+    (["demo", "--plan", "/nonexistent.toml"], "/nonexistent.toml", "No such file"),
+    (["run"], "NAME", "--help"),
+    (["run", "nosuch"], "'nosuch'", "basic_vmotion"),
+    (["bench", "--only", "nosuch"], "'nosuch'", "cable"),
+    (["bench", "--migrations", "0"], "0", "1 to 1000"),
+]
+
+
+@pytest.mark.parametrize(("words", "thing", "remedy"), BAD, ids=[" ".join(words) or "nothing" for words, _, _ in BAD])
+def test_bad_input_is_one_line_and_exit_2(
+    words: list[str],
+    thing: str,
+    remedy: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vmotion", *words])
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    assert cli.main() == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("vmotion: ")
+    assert thing in err and remedy in err
+    assert list(tmp_path.iterdir()) == []
+
+
+PLANS = [
+    ('name = "c1"', 'name = "c1"\ncolour = "red"', "colour", "unknown key"),
+    ("10.0.0.100/24", "10.0.0.11/24", "10.0.0.11", "give it its own"),
+    ("00:50:56:00:01:64", "00:50:56:00:00:01", "00:50:56:00:00:01", "give it its own"),
+    ('host = "esx1"', 'host = "esx9"', "esx9", "unknown host"),
+    (
+        'ip = "50.50.50.2", netmask = "255.255.255.252"',
+        'ip = "50.50.50.2", netmask = "255.255.252"',
+        "255.255.252",
+        "/30",
+    ),
+    ('ip = "50.50.50.2"', 'ip = "50.50.50.6"', "50.50.50.4/30", "different subnets"),
+    ('link = "1Gbit"', "link = 1000", "1000", "unit"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "thing", "reason"), PLANS, ids=[plan[3] + " " + plan[2] for plan in PLANS])
+def test_a_bad_plan_is_one_line_and_exit_2(
+    old: str,
+    new: str,
+    thing: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    text = DEFAULT_PLAN.read_text()
+    assert old in text
+    plan = tmp_path / "plan.toml"
+    plan.write_text(text.replace(old, new))
+    monkeypatch.setattr(sys, "argv", ["vmotion", "demo", "--plan", str(plan)])
+    assert cli.main() == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(plan) in err and thing in err and reason in err
