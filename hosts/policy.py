@@ -6,13 +6,15 @@ round would not leave much less: a round costs the guest nothing, the suspend do
 
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 import msgspec
 
 # What suspend, device state, claim and resume take beside the residual pages; measured 6-10 ms on two busy CPUs.
 FIXED_MS = 8.0
-# A round that leaves more than this share of what the last one left is not worth another.
-_WORTH_IT = 0.75
+# A round is worth another while it leaves less than this share of what the one before it left. One that does not
+# may be a hiccup of the machine; two in a row are the guest's own rate.
+_WORTH_IT, _PATIENCE = 0.75, 2
 # Below this, sending the rest costs less than the round trip of one more round.
 _FLOOR_BYTES = 256 * 1024
 # Rates from shorter rounds say more about the round trip than about the link.
@@ -55,6 +57,12 @@ def bandwidth(rounds: list[Round]) -> float:
     return sum(r.bytes for r in long) / total_ms * 1000 if total_ms else 0.0
 
 
+def _shrinking(rounds: list[Round]) -> bool:
+    """Did one of the last rounds leave clearly less than the one before it? Yes as long as there are too few."""
+    left = [r.remaining_bytes for r in rounds[-_PATIENCE - 1 :]]
+    return len(left) <= _PATIENCE or any(after < before * _WORTH_IT for before, after in pairwise(left))
+
+
 def decide(policy: Policy, rounds: list[Round], elapsed_s: float) -> Decision:
     """What to do after the last of `rounds`, `elapsed_s` after the first began."""
     left = rounds[-1].remaining_bytes
@@ -63,9 +71,7 @@ def decide(policy: Policy, rounds: list[Round], elapsed_s: float) -> Decision:
         predicted_ms = FIXED_MS
     else:
         predicted_ms = left / rate * 1000 + FIXED_MS if rate else float("inf")
-    before = rounds[-2].remaining_bytes if len(rounds) > 1 else None
-    shrinking = before is None or left < before * _WORTH_IT
-    if predicted_ms <= policy.downtime_ms and (left <= _FLOOR_BYTES or not shrinking):
+    if predicted_ms <= policy.downtime_ms and (left <= _FLOOR_BYTES or not _shrinking(rounds)):
         return Decision(Action.SWITCH, predicted_ms)
     if elapsed_s >= policy.timeout_s:
         # out of time: good enough is good enough, the rest is given up

@@ -39,6 +39,7 @@ _PLAIN_OPTIONS = (
     (_TCP, _TCP_USER_TIMEOUT),
 )
 _PUSH_BYTES = 1 << 16
+_INITIAL_WINDOW = 10  # segments (RFC 6928)
 
 
 class TcpState(msgspec.Struct, frozen=True):
@@ -62,6 +63,18 @@ class TcpState(msgspec.Struct, frozen=True):
     buf_lock: int
     plain: tuple[tuple[int, int, int], ...]  # level, option, value
     congestion: bytes
+
+    @property
+    def outstanding(self) -> int:
+        """How many bytes at the beginning of send_queue are restored as sent and not yet acknowledged.
+
+        What was in flight at the suspend is often lost, and a restored connection knows no round-trip time: it
+        would wait a whole second (RFC 6298's initial time-out) to send it again. As much as fits into an initial
+        window is therefore restored as never sent, and leaves again at once; the peer drops what it has already.
+        More than that cannot leave at once, and an acknowledgement of what is "not yet sent" would be refused.
+        """
+        sent = len(self.send_queue) - self.unsent
+        return 0 if sent <= _INITIAL_WINDOW * self.mss else sent
 
 
 def checkpoint(sock: socket.socket) -> TcpState | None:
@@ -106,7 +119,6 @@ def restore(state: TcpState) -> socket.socket:
 
 
 def _restore(sock: socket.socket, state: TcpState) -> None:
-    sent = len(state.send_queue) - state.unsent
     # Repair mode also lets us bind beside the service's listener; SO_REUSEADDR would take that back.
     sock.setsockopt(_TCP, _TCP_REPAIR, 1)
     # queues are pushed in whole: a segment of a few bytes costs far more than its bytes
@@ -123,7 +135,7 @@ def _restore(sock: socket.socket, state: TcpState) -> None:
     sock.setsockopt(_TCP, _TCP_REPAIR_QUEUE, _RECV_QUEUE)
     _push(sock, state.recv_queue)
     sock.setsockopt(_TCP, _TCP_REPAIR_QUEUE, _SEND_QUEUE)
-    _push(sock, state.send_queue[:sent])
+    _push(sock, state.send_queue[: state.outstanding])
     sock.setsockopt(_TCP, _TCP_REPAIR_WINDOW, _clamped_window(state))
     sock.setsockopt(_TCP, _TCP_REPAIR_QUEUE, _NO_QUEUE)
     for level, option, value in state.plain:
@@ -137,7 +149,7 @@ def release(sock: socket.socket, state: TcpState | None = None) -> None:
     sock.setsockopt(_TCP, _TCP_REPAIR, 0)  # sends a window probe
     if state is None:
         return
-    _push(sock, state.send_queue[len(state.send_queue) - state.unsent :])
+    _push(sock, state.send_queue[state.outstanding :])
     # sizes back to where they were, and autotuning with them, or buffers grow with every migration
     sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, state.sndbuf // 2)  # the kernel doubles what it is told
     sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, state.rcvbuf // 2)
