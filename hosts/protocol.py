@@ -174,6 +174,8 @@ def encode_runs(runs: np.ndarray) -> bytes:
 
 def parse_runs(table: bytes, pages: int, ram_pages: int) -> np.ndarray:
     """The runs of a table: ascending, disjoint, within RAM, `pages` in all."""
+    if len(table) % RUN_BYTES:
+        raise RemoteProtocolError(f"a table of runs has {len(table)} bytes")
     runs = np.frombuffer(table, _RUN).astype(np.uint32).reshape(-1, 2) if table else NO_RUNS
     edges = runs.reshape(-1).astype(np.int64)
     if (runs[:, 0] >= runs[:, 1]).any() or (edges[1:] < edges[:-1]).any():
@@ -195,7 +197,7 @@ def parse_body(kind: Kind, data: bytes) -> Any:
         return None
     try:
         return msgspec.msgpack.decode(data, type=_BODIES[kind])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # msgspec lets the latter two pass
         raise RemoteProtocolError(f"{kind.name}: {error}") from None
 
 

@@ -102,9 +102,8 @@ class Ram:
         return mask
 
     def close(self) -> None:
-        del self.bytes, self.words
-        self.buffer.release()
-        self._map.close()
+        """Give the memory back, as soon as nothing refers to a piece of it any more (a traceback may)."""
+        del self.bytes, self.words, self.buffer, self._map
         os.close(self.fd)
 
 

@@ -25,6 +25,7 @@ DEFAULT_PLAN = Path(__file__).with_name("two_hosts.toml")
 _NAME = re.compile(r"[a-z][a-z0-9]{0,7}")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _PAGE = 4096
+_UPLINKS = {"vmnic0": "to the physical switch", "vmnic1": "the vMotion cable"}
 MIN_RAM_BYTES = 16 * 2**20
 
 
@@ -142,6 +143,7 @@ class Plan:
 
     def with_vm(self, vm: VM) -> "Plan":
         """The same plan with one VM's settings replaced, validated again."""
+        self.vm(vm.name)
         return validate(dataclasses.replace(self, vms=tuple(vm if v.name == vm.name else v for v in self.vms)))
 
     @staticmethod
@@ -159,7 +161,7 @@ def read_plan(path: Path | str = DEFAULT_PLAN) -> Plan:
         document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, a number too long, tables nested too deeply
         raise PlanError(f"the plan {path} is no valid TOML: {error}") from error
     try:
         return validate(_build(Plan, document, "the plan"))
@@ -246,10 +248,14 @@ def _check_addresses(plan: Plan) -> None:
         segment = IPv4Network(plan.management)
     except ValueError as error:
         raise PlanError(f"management {plan.management!r} is no IPv4 network; write it like 10.0.99.0/24") from error
+    if segment.num_addresses < len(plan.hosts) + 3:  # the manager, the network, the broadcast
+        raise PlanError(f"management {segment} is too small for the manager and {len(plan.hosts)} hosts; take a /24")
     for host in plan.hosts:
         address = _address(host.management, f"host {host.name!r}, management")
         if address not in segment:
             raise PlanError(f"host {host.name!r}: {address} is outside the management network {segment}")
+        if address in (segment.network_address, segment.broadcast_address):
+            raise PlanError(f"host {host.name!r}: {address} is the network or broadcast address of {segment}")
         for port in host.vmkernel_ports:
             _check_netmask(host, port)
     things: tuple[Client | VM, ...] = (*plan.clients, *plan.vms)
@@ -285,7 +291,7 @@ def _check_netmask(host: Host, port: VMkernelPort) -> None:
     except (NetmaskValueError, ValueError) as error:
         raise PlanError(f"{where}: {port.netmask!r} is no netmask; for a /30 write 255.255.255.252") from error
     if str(network.netmask) != port.netmask:  # ipaddress also accepts inverted (wildcard) masks
-        raise PlanError(f"{where}: {port.netmask!r} is a wildcard, no netmask; write {network.hostmask}")
+        raise PlanError(f"{where}: {port.netmask!r} is a wildcard, no netmask; write {network.netmask}")
     if port.interface.ip in (port.interface.network.network_address, port.interface.network.broadcast_address):
         raise PlanError(f"{where}: {port.ip} is the network or broadcast address of {port.interface.network}")
 
@@ -313,15 +319,23 @@ def _check_hosts(plan: Plan) -> None:
                 raise PlanError(f"host {host.name!r}: two vSwitches offer the port group {group!r}")
         for port in host.vmkernel_ports:
             if port.port_group not in groups:
-                where = f"host {host.name!r}, {port.name}"
+                where = f"host {host.name!r}, VMkernel port {port.name!r}"
                 raise PlanError(f"{where}: no vSwitch offers the port group {port.port_group!r}")
+        for vswitch in host.vswitches:
+            if vswitch.uplink not in _UPLINKS:
+                known = ", ".join(f"{uplink} ({to})" for uplink, to in _UPLINKS.items())
+                raise PlanError(
+                    f"host {host.name!r}: {vswitch.name!r} has the uplink {vswitch.uplink!r}; it has {known}"
+                )
         devices = [v.name for v in host.vswitches] + [v.uplink for v in host.vswitches]
         devices += [p.name for p in host.vmkernel_ports] + ["vmnic2"]
         for device in devices:
             if devices.count(device) > 1:
                 raise PlanError(f"host {host.name!r}: {device!r} is used twice")
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]{0,8}", device) or len(f"{host.name}-{device}") > 15:
-                raise PlanError(f"host {host.name!r}: {device!r} is too long for a device name")
+                raise PlanError(
+                    f"host {host.name!r}: {device!r} is no device name: a letter, up to 8 letters or digits"
+                )
 
 
 def _check_vmotion(plan: Plan) -> None:
@@ -351,6 +365,10 @@ def _check_vms(plan: Plan) -> None:
                 raise PlanError(f"VM {vm.name!r}: host {host.name!r} has no port group {vm.port_group!r}")
         if vm.ram < MIN_RAM_BYTES or vm.ram % _PAGE:
             raise PlanError(f"VM {vm.name!r}: RAM of {vm.ram} bytes; it takes at least 16MiB, in whole 4 KiB pages")
-        if not 0 < vm.working_set <= vm.ram // 2:
+        if not 0 <= vm.fill <= 1:
+            raise PlanError(f"VM {vm.name!r}: fill of {vm.fill:.0%}; it must be 0% to 100%")
+        if not _PAGE <= vm.working_set <= vm.ram // 2:
             size = format_size(vm.working_set)
-            raise PlanError(f"VM {vm.name!r}: working set of {size}; it must be above 0 and at most half of its RAM")
+            raise PlanError(
+                f"VM {vm.name!r}: working set of {size}; it must be a page at least and at most half of its RAM"
+            )

@@ -11,10 +11,11 @@ from topologies.errors import UsageError
 _SIZES = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _RATES = {f"{unit}/S": factor for unit, factor in _SIZES.items()}  # bytes per second
 _BITRATES = {"BIT": 1, "KBIT": 10**3, "MBIT": 10**6, "GBIT": 10**9}  # bits per second
+_DIGITS = 20  # more than any machine has bytes
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z/%]*)")
 
 
-def _parse(text: str, units: dict[str, int], example: str) -> int:
+def _parse(text: str, units: dict[str, int], example: str) -> float:
     match = _NUMBER.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"{text!r} is no quantity; write it like {example}")
@@ -23,22 +24,24 @@ def _parse(text: str, units: dict[str, int], example: str) -> int:
     if factor is None:
         missing = "has no unit" if not unit else f"has an unknown unit {unit!r}"
         raise UsageError(f"{text!r} {missing}; write it like {example}")
-    return round(float(number) * factor)
+    if len(number) > _DIGITS:
+        raise UsageError(f"a quantity of {len(number)} digits is none; write it like {example}")
+    return float(number) * factor
 
 
 def parse_size(text: str) -> int:
     """Bytes, from '512MiB', '1GiB', '64MB'."""
-    return _parse(text, _SIZES, "512MiB")
+    return round(_parse(text, _SIZES, "512MiB"))
 
 
 def parse_rate(text: str) -> int:
     """Bytes per second, from '50MB/s'."""
-    return _parse(text, _RATES, "50MB/s")
+    return round(_parse(text, _RATES, "50MB/s"))
 
 
 def parse_bitrate(text: str) -> int:
     """Bits per second, from '1Gbit'; 'unshaped' is 0."""
-    return 0 if text.strip() == "unshaped" else _parse(text, _BITRATES, "1Gbit (or 'unshaped')")
+    return 0 if text.strip() == "unshaped" else round(_parse(text, _BITRATES, "1Gbit (or 'unshaped')"))
 
 
 def parse_percent(text: str) -> float:

@@ -105,6 +105,8 @@ class Network:
         with inside(self.client):
             client = socket.create_connection((VM_IP, PORT), PATIENCE_S)
         vm, _ = self.here.listener.accept()
+        client.setblocking(False)
+        vm.setblocking(False)
         self._sockets += [client, vm]
         return client, vm
 
@@ -126,6 +128,7 @@ class Network:
         self.let_in()
         for sock, state in zip(arrived, states, strict=True):
             release(sock, state)
+            sock.setblocking(False)
         return arrived
 
     def resets(self) -> int:
@@ -179,7 +182,6 @@ class Talker:
     """One end: sends the known stream and checks the other end's."""
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
         self.socket = sock
         self.sent = self.received = 0
 
@@ -374,7 +376,9 @@ def test_a_connection_that_the_vm_itself_has_opened_moves(network: Network) -> N
     with listener:
         with inside(network.here):
             vm = socket.create_connection((CLIENT_IP, PORT), PATIENCE_S)
+        vm.setblocking(False)
         near, far = Talker(vm), Talker(listener.accept()[0])
+        far.socket.setblocking(False)
     for _ in range(4):
         (near.socket,), _ = network.move(near.socket)
         greet(near, far)
@@ -390,6 +394,7 @@ def test_sequence_numbers_may_wrap_around_in_the_middle_of_a_queue(network: Netw
     client, vm = numbered(client, vm, 2**32 - 70_000)
     with inside(network.client):
         far.socket = restore(client)
+    far.socket.setblocking(False)
     (near.socket,) = network.arrive([vm])
     release(far.socket, client)
     network.here.gate(LISTENING)
@@ -483,6 +488,8 @@ def test_only_an_established_connection_is_frozen(network: Network) -> None:
         assert checkpoint(connecting) is None
 
     client, vm = network.connect()
+    client.settimeout(PATIENCE_S)
+    vm.settimeout(PATIENCE_S)
     client.shutdown(socket.SHUT_WR)
     assert vm.recv(1) == b""
     assert checkpoint(vm) is None  # CLOSE_WAIT
@@ -493,6 +500,7 @@ def test_only_an_established_connection_is_frozen(network: Network) -> None:
 
 def test_a_connection_that_was_reset_is_not_frozen(unchecked: Network) -> None:
     client, vm = unchecked.connect()
+    vm.settimeout(PATIENCE_S)
     client.setsockopt(SOL, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
     with pytest.raises(ConnectionResetError):
