@@ -204,7 +204,7 @@ REFUSALS = {
     "a VMkernel port's address that is none": ("50.50.50.2", "50.50.50", ["host 'esx2'", "'50.50.50' is no IPv4"]),
     # hosts
     "a third host": ("[[clients]]", THIRD_HOST + "[[clients]]", ["two hosts", "names 3"]),
-    "an unknown port group": ('port_group = "vMotion"', 'port_group = "vmotion"', ["host 'esx1', VMkernel port 'vmk1'", "'vmotion'"]),
+    "an unknown port group": ('port_group = "vMotion"', 'port_group = "vmotion"', ["port 'vmk1'", "'vmotion'"]),
     "a port group on two vSwitches": ('["VM Network"]', '["vMotion"]', ["host 'esx1'", "two vSwitches", "'vMotion'"]),
     "a port group twice": ('["vMotion"]', '["vMotion", "vMotion"]', ["host 'esx1'", "'vMotion'"]),
     "an uplink of two vSwitches": ('"vmnic1"', '"vmnic0"', ["host 'esx1'", "'vmnic0' is used twice"]),
