@@ -65,17 +65,18 @@ class Announcer:
         self._frames = [bytes.fromhex(line) for line in out.decode().split()]
 
     def start(self, sent: Sent) -> None:
-        """Send the first round now and the others on schedule; `sent` hears of each."""
-        if not self._schedule_ms or not self._frames:
+        """The schedule begins now; a round due at 0 ms has left when this returns. `sent` hears of each round."""
+        if not self._frames or not self._schedule_ms:
             return
-        self._send(0, sent)
-        self._thread = threading.Thread(target=self._rest, args=(sent,), name="announcer", daemon=True)
+        began, later = time.monotonic(), list(enumerate(self._schedule_ms))
+        if later[0][1] == 0:
+            self._send(later.pop(0)[0], sent)
+        self._thread = threading.Thread(target=self._rest, args=(began, later, sent), name="announcer", daemon=True)
         self._thread.start()
 
-    def _rest(self, sent: Sent) -> None:
-        started = time.monotonic() - self._schedule_ms[0] / 1000
-        for number, due_ms in enumerate(self._schedule_ms[1:], start=1):
-            if self._silent.wait(max(0.0, started + due_ms / 1000 - time.monotonic())):
+    def _rest(self, began: float, rounds: list[tuple[int, int]], sent: Sent) -> None:
+        for number, due_ms in rounds:
+            if self._silent.wait(max(0.0, began + due_ms / 1000 - time.monotonic())):
                 return
             self._send(number, sent)
 

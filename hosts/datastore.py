@@ -94,6 +94,10 @@ class LocalDatastore:
         path = self._path(vm, generation)
         try:
             content = path.read_bytes()[:_MAX_CLAIM_BYTES]
-            return msgspec.json.decode(content, type=Claim)
-        except (OSError, msgspec.MsgspecError) as error:
+            claim = msgspec.json.decode(content, type=Claim)
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, no claim
             raise DatastoreError(f"VM {vm}: the lock file {path.name} cannot be read: {error}") from error
+        if (claim.vm, claim.generation) != (vm, generation):
+            what = f"VM {claim.vm}, generation {claim.generation}"
+            raise DatastoreError(f"VM {vm}: the lock file {path.name} is one of {what}")
+        return claim

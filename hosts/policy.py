@@ -6,14 +6,13 @@ round would not leave much less: a round costs the guest nothing, the suspend do
 
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
 
 import msgspec
 
 # What suspend, device state, claim and resume take beside the residual pages; measured 6-10 ms on two busy CPUs.
 FIXED_MS = 8.0
-# A round is worth another while it leaves less than this share of what the one before it left. One that does not
-# may be a hiccup of the machine; two in a row are the guest's own rate.
+# A round is worth another while it leaves less than this share of the least that any before it left. One that does
+# not may be a hiccup of the machine; two in a row are the guest's own rate.
 _WORTH_IT, _PATIENCE = 0.75, 2
 # Below this, sending the rest costs less than the round trip of one more round.
 _FLOOR_BYTES = 256 * 1024
@@ -58,9 +57,9 @@ def bandwidth(rounds: list[Round]) -> float:
 
 
 def _shrinking(rounds: list[Round]) -> bool:
-    """Did one of the last rounds leave clearly less than the one before it? Yes as long as there are too few."""
-    left = [r.remaining_bytes for r in rounds[-_PATIENCE - 1 :]]
-    return len(left) <= _PATIENCE or any(after < before * _WORTH_IT for before, after in pairwise(left))
+    """Did one of the last rounds leave clearly less than every round before them? Yes as long as there are too few."""
+    left = [r.remaining_bytes for r in rounds]
+    return len(left) <= _PATIENCE or min(left[-_PATIENCE:]) < min(left[:-_PATIENCE]) * _WORTH_IT
 
 
 def decide(policy: Policy, rounds: list[Round], elapsed_s: float) -> Decision:

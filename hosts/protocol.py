@@ -105,14 +105,13 @@ _MAX_BODY = {
     Kind.HELLO: 4096,
     Kind.WELCOME: 4096,
     Kind.PAGES: CHUNK_PAGES * (PAGE + RUN_BYTES),
-    Kind.ZERO: 1 << 20,
+    Kind.ZERO: CHUNK_PAGES * RUN_BYTES,
     Kind.ROUND_END: 0,
     Kind.ROUND_ACK: 0,
     Kind.STATE: 128 << 20,
     Kind.RESUMED: 4096,
     Kind.ABORT: 4096,
 }
-MAX_ZERO_RUNS = _MAX_BODY[Kind.ZERO] // RUN_BYTES
 _BODIES: dict[Kind, type[msgspec.Struct]] = {
     Kind.HELLO: Hello,
     Kind.WELCOME: Welcome,

@@ -93,6 +93,10 @@ class Ram:
             runs.append((first // PAGE, -(-end // PAGE)))
         return np.array(runs, np.uint32).reshape(-1, 2)
 
+    def views(self, runs: np.ndarray) -> list[memoryview]:
+        """The content of runs, one view each."""
+        return [self.buffer[first * PAGE : end * PAGE] for first, end in runs.tolist()]
+
     def nonzero(self, pages: np.ndarray) -> np.ndarray:
         """Which of these pages hold anything: a boolean array."""
         mask = self.words[pages, 0] != 0
@@ -116,19 +120,22 @@ class PageHashes:
     _ZERO = xxhash.xxh3_64_intdigest(bytes(PAGE))
 
     def __init__(self, ram: Ram) -> None:
-        self._buffer = ram.buffer
         self._hashes = np.full(ram.pages, self._ZERO, np.uint64)
 
-    def note(self, runs: np.ndarray) -> None:
-        """These pages have their final content for now."""
-        buffer, digest = self._buffer, xxhash.xxh3_64_intdigest
-        for first, end in runs.tolist():
-            starts = range(first * PAGE, end * PAGE, PAGE)
-            self._hashes[first:end] = [digest(buffer[at : at + PAGE]) for at in starts]
+    def note(self, runs: np.ndarray, contents: list[memoryview]) -> None:
+        """These pages have this content for now: whole pages, in the order of the runs."""
+        digest = xxhash.xxh3_64_intdigest
+        self._hashes[pages_of(runs)] = [
+            digest(content[at : at + PAGE]) for content in contents for at in range(0, len(content), PAGE)
+        ]
 
     def note_zero(self, runs: np.ndarray) -> None:
         for first, end in runs.tolist():
             self._hashes[first:end] = self._ZERO
+
+    def differing(self, other: "PageHashes") -> np.ndarray:
+        """Runs of the pages whose contents differ."""
+        return runs_of(np.flatnonzero(self._hashes != other._hashes))
 
     def digest(self) -> str:
         return xxhash.xxh3_128_hexdigest(self._hashes.tobytes())
@@ -192,6 +199,13 @@ def _soft_dirty_works() -> bool:
 
 class DirtyBitmap(ABC):
     """The pages that a guest has written since they were last taken."""
+
+    # Pages have to be copied, and the copy hashed and sent: set where contents are compared
+    needs_copies = False
+
+    def begin(self, sent: PageHashes) -> None:
+        """A migration begins: from here on no write is missed. `sent` are the pages as the destination has them."""
+        self.take()
 
     @abstractmethod
     def take(self) -> np.ndarray:
@@ -271,24 +285,26 @@ class SoftDirtyBitmap(DirtyBitmap):
 
 
 class HashBitmap(DirtyBitmap):
-    """Every page hashed and compared with the last hash taken."""
+    """The pages that differ from what the destination has.
+
+    Comparing with an earlier look at the guest would not do: a page may be changed, sent, and changed back.
+    """
+
+    needs_copies = True
 
     def __init__(self, ram: Ram) -> None:
-        self._ram = ram
-        self._taken = np.zeros(ram.pages, np.uint64)
+        self._ram, self._sent = ram, PageHashes(ram)
+
+    def begin(self, sent: PageHashes) -> None:
+        self._sent = sent
 
     def take(self) -> np.ndarray:
-        now = self._now()
-        dirty = runs_of(np.flatnonzero(now != self._taken))
-        self._taken = now
-        return dirty
+        return self.peek()
 
     def peek(self) -> np.ndarray:
-        return runs_of(np.flatnonzero(self._now() != self._taken))
-
-    def _now(self) -> np.ndarray:
-        buffer, digest = self._ram.buffer, xxhash.xxh3_64_intdigest
-        return np.array([digest(buffer[at : at + PAGE]) for at in range(0, self._ram.size, PAGE)], np.uint64)
+        now, populated = PageHashes(self._ram), self._ram.populated()
+        now.note(populated, self._ram.views(populated))
+        return now.differing(self._sent)
 
 
 def open_bitmap(tracking: str, pid: int, address: int, ram: Ram) -> DirtyBitmap:

@@ -129,6 +129,9 @@ def _restore(sock: socket.socket, state: TcpState) -> None:
     sock.bind(state.local)
     sock.connect(state.peer)  # in repair mode: ESTABLISHED at once, no packet
     sock.setsockopt(_TCP, _TCP_REPAIR_OPTIONS, _negotiated(state))
+    # The connect has settled for segments of 536 bytes, and knowing the peer's limit now does not change that:
+    # setting IP options, even none, is what makes the kernel work the size out again (tcp_sync_mss).
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"")
     if state.options & _OPT_TIMESTAMPS:
         # never below what the peer has seen, or its PAWS check (RFC 7323) drops our segments
         _set_u32(sock, _TCP_TIMESTAMP, state.timestamp + 2)
@@ -138,6 +141,8 @@ def _restore(sock: socket.socket, state: TcpState) -> None:
     _push(sock, state.send_queue[: state.outstanding])
     sock.setsockopt(_TCP, _TCP_REPAIR_WINDOW, _clamped_window(state))
     sock.setsockopt(_TCP, _TCP_REPAIR_QUEUE, _NO_QUEUE)
+    # back to its size before the first segment leaves: it tells the peer a window
+    sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, state.rcvbuf // 2)  # the kernel doubles what it is told
     for level, option, value in state.plain:
         if value:
             sock.setsockopt(level, option, value)
@@ -152,7 +157,6 @@ def release(sock: socket.socket, state: TcpState | None = None) -> None:
     _push(sock, state.send_queue[state.outstanding :])
     # sizes back to where they were, and autotuning with them, or buffers grow with every migration
     sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, state.sndbuf // 2)  # the kernel doubles what it is told
-    sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, state.rcvbuf // 2)
     sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, state.buf_lock)
 
 

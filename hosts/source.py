@@ -102,7 +102,7 @@ class OutgoingMigration:
 
     def precopy(self) -> None:
         started = time.monotonic()
-        self.bitmap.take()  # from here on, every write is a page to send again
+        self.bitmap.begin(self.hashes)  # from here on, every write is a page to send again
         dirty = self.ram.populated()
         while True:
             self._round(dirty)
@@ -133,7 +133,7 @@ class OutgoingMigration:
                 self.report(Progress(number, total, done))
 
         began = self._emit("round.begin", round=number)
-        pages, zero = self.stream.send_runs(self.ram, dirty, number, self.hashes, between_chunks)
+        pages, zero = self._send(dirty, number, between_chunks)
         self.stream.mark(Kind.ROUND_END, number)
         self.stream.expect(Kind.ROUND_ACK)
         ended = time.monotonic_ns()
@@ -141,6 +141,12 @@ class OutgoingMigration:
         figures = Round(pages, zero, self.stream.bytes_sent - bytes_before, (ended - began) / 1e6, remaining)
         self.rounds.append(figures)
         self._emit("round.end", round=number, **msgspec.structs.asdict(figures), t=ended)
+
+    def _send(
+        self, runs: np.ndarray, number: int, between_chunks: Callable[[int], None] = lambda done: None
+    ) -> tuple[int, int]:
+        copies = self.bitmap.needs_copies
+        return self.stream.send_runs(self.ram, runs, number, self.hashes, between_chunks, copies=copies)
 
     def suspend(self) -> None:
         self._emit("vm.suspending")
@@ -152,7 +158,7 @@ class OutgoingMigration:
         self._emit("vm.suspended")
 
     def residual(self) -> None:
-        pages, _ = self.stream.send_runs(self.ram, self.bitmap.take(), len(self.rounds) + 1, self.hashes)
+        pages, _ = self._send(self.bitmap.take(), len(self.rounds) + 1)
         self.residual_pages = pages
         self._emit("residual.sent", pages=pages)
 

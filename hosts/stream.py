@@ -10,7 +10,6 @@ import numpy as np
 from hosts.protocol import (
     CHUNK_PAGES,
     HEADER,
-    MAX_ZERO_RUNS,
     Abort,
     Header,
     Kind,
@@ -92,33 +91,32 @@ class Stream:
         round_number: int,
         hashes: PageHashes,
         between_chunks: Callable[[int], None] = lambda done: None,
+        *,
+        copies: bool = False,
     ) -> tuple[int, int]:
         """Send these pages, zero ones by their number only; returns (pages sent, zero pages).
 
-        `between_chunks` hears how many pages are done, and may raise.
+        `between_chunks` hears how many pages are done, and may raise. With `copies`, what is hashed and what
+        is sent is one copy; else the guest may write in between, which its bitmap knows.
         """
         sent = zero = 0
         for chunk in _chunks(runs):
             between_chunks(sent + zero)
             pages = pages_of(chunk)
-            full = ram.nonzero(pages)
+            copy = ram.words[pages] if copies else None  # (indexing by an array copies)
+            full = ram.nonzero(pages) if copy is None else copy.any(axis=1)
             if not full.all():
                 empty = runs_of(pages[~full])
                 zero += count(empty)
                 hashes.note_zero(empty)
-                for at in range(0, len(empty), MAX_ZERO_RUNS):
-                    self._send_zero(empty[at : at + MAX_ZERO_RUNS], round_number)
+                self._send_frame(Kind.ZERO, round_number, count(empty), [memoryview(encode_runs(empty))])
                 chunk = runs_of(pages[full])
             if len(chunk):
                 sent += count(chunk)
-                # Hashed before it is sent: what the guest writes from here on is dirty, will be sent and hashed again.
-                hashes.note(chunk)
-                buffers = [ram.buffer[first * PAGE : end * PAGE] for first, end in chunk.tolist()]
-                self._send_frame(Kind.PAGES, round_number, count(chunk), [memoryview(encode_runs(chunk)), *buffers])
+                contents = ram.views(chunk) if copy is None else [memoryview(copy[full]).cast("B")]
+                hashes.note(chunk, contents)
+                self._send_frame(Kind.PAGES, round_number, count(chunk), [memoryview(encode_runs(chunk)), *contents])
         return sent, zero
-
-    def _send_zero(self, runs: np.ndarray, round_number: int) -> None:
-        self._send_frame(Kind.ZERO, round_number, count(runs), [memoryview(encode_runs(runs))])
 
     def receive_pages(self, header: Header, ram: Ram, hashes: PageHashes) -> None:
         """The body of PAGES or ZERO, into RAM."""
@@ -128,8 +126,8 @@ class Stream:
                 ram.bytes[first * PAGE : end * PAGE] = 0
             hashes.note_zero(runs)
             return
-        self._into([ram.buffer[first * PAGE : end * PAGE] for first, end in runs.tolist()])
-        hashes.note(runs)
+        self._into(ram.views(runs))
+        hashes.note(runs, ram.views(runs))
 
     # ------------------------------------------------------------ bytes
 

@@ -34,7 +34,7 @@ from mininet.topo import Topo  # noqa: E402
 
 from topologies.devices import RPS_CPUS, SYSCTLS, rps_file  # noqa: E402
 from topologies.errors import TestbedError  # noqa: E402
-from topologies.plan import DEFAULT_PLAN, Host, Plan, read_plan  # noqa: E402
+from topologies.plan import DEFAULT_PLAN, Host, Plan, PlanError, read_plan  # noqa: E402
 
 
 def sh(node, *words: str) -> None:  # type: ignore[no-untyped-def]
@@ -142,7 +142,7 @@ class TwoHosts(Topo):
 
     def build(self, plan: Plan | str | Path = DEFAULT_PLAN) -> None:
         if not isinstance(plan, Plan):
-            plan = read_plan(plan)
+            plan = _read(plan)
         prefix = plan.management.partition("/")[2]
         self.addSwitch(plan.switch, cls=PhysicalSwitch)
         self.addSwitch("mgmt", cls=Segment, address=f"{plan.manager_ip}/{prefix}")
@@ -165,6 +165,15 @@ class TwoHosts(Topo):
         )
         for host in plan.hosts:
             self.addLink(host.name, "mgmt", intfName1=f"{host.name}-vmnic2")
+
+
+def _read(path: str | Path) -> Plan:
+    """For `mn`, which meets any Exception by cleaning up: that kills by name all over the machine."""
+    try:
+        return read_plan(path)
+    except PlanError as error:
+        print(f"vmotion: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_status) from error
 
 
 topos = {"vmotion": TwoHosts}

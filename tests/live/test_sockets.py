@@ -212,7 +212,7 @@ class Talker:
             assert time.monotonic() < deadline, f"stuck after {self.sent} bytes sent and {self.received} received"
 
     def exchange(self, count: int = ENOUGH) -> None:
-        """Until so many more bytes have gone each way."""
+        """Until so many more bytes have gone each way; the other end has to be busy."""
         sent, received = self.sent + count, self.received + count
         self.talk(lambda: self.sent >= sent and self.received >= received)
 
@@ -336,6 +336,26 @@ def test_what_either_end_says_in_the_dark_arrives_after_the_move(network: Networ
     (near.socket,), (state,) = network.move(near.socket)
     assert len(state.send_queue) == 5_000 > state.unsent  # some of it had left, for nowhere
     hear_everything(near, far)
+
+
+@pytest.mark.parametrize("nodelay", [False, True])
+@pytest.mark.parametrize("length", [1, 5_000, 14_480, 14_550, 14_600, 60_000])
+def test_what_the_client_has_received_without_the_vm_hearing_of_it_is_settled_after_the_move(
+    network: Network, length: int, nodelay: bool
+) -> None:
+    near, far = talkers(network)
+    near.socket.setsockopt(TCP, socket.TCP_NODELAY, nodelay)
+    with busy(far):
+        near.exchange()  # now the congestion window takes the length at once
+    hear_everything(near, far)
+    eventually(lambda: queued(near.socket) == (0, 0, 0), "acknowledgements")
+    run("bridge", "fdb", "replace", VM_MAC, "dev", network.there.name, "master", "static")  # acknowledgements get lost
+    assert near.say(length)
+    hear_everything(near, far)
+    (near.socket,), (state,) = network.move(near.socket)
+    assert (len(state.send_queue), state.unsent) == (length, 0)
+    eventually(lambda: queued(near.socket) == (0, 0, 0), "acknowledgement")
+    greet(near, far)
 
 
 def test_a_client_that_says_good_bye_during_the_move_is_heard_afterwards(network: Network) -> None:

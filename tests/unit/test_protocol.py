@@ -51,7 +51,7 @@ LIMITS = {
     Kind.HELLO: 4096,
     Kind.WELCOME: 4096,
     Kind.PAGES: CHUNK_PAGES * (PAGE + 8),
-    Kind.ZERO: MIB,
+    Kind.ZERO: CHUNK_PAGES * 8,
     Kind.ROUND_END: 0,
     Kind.ROUND_ACK: 0,
     Kind.STATE: 128 * MIB,
@@ -80,7 +80,7 @@ def headers(draw: st.DrawFn) -> Header:
         length = pages * PAGE + 8 * draw(st.integers(1, pages))
     elif kind is Kind.ZERO:
         pages = draw(st.integers(0, 2**32 - 1))
-        length = 8 * draw(st.integers(1, MIB // 8))
+        length = 8 * draw(st.integers(1, CHUNK_PAGES))
     return Header(kind, draw(st.integers(0, 2**16 - 1)), pages, draw(st.integers(0, 2**64 - 1)), length)
 
 
@@ -675,6 +675,26 @@ def test_pages_arrive_through_the_narrowest_of_sockets() -> None:
         scribble(ram, set(range(0, SMALL_RAM, 2)))
         assert transfer(source, destination, ram, copy, ram.populated()).sent == SMALL_RAM // 2
         assert np.array_equal(copy.bytes, ram.bytes)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_both_ends_agree_on_ram_after_rounds_in_which_pages_become_zero_and_others_are_written(copies: bool) -> None:
+    with memory(SMALL_RAM) as ram, memory(SMALL_RAM) as copy, migration() as (source, destination):
+        here, there = PageHashes(ram), PageHashes(copy)
+        with ThreadPoolExecutor(1) as pool:
+            for number in (1, 2, 3):
+                ram.words[number * 100 : number * 100 + 300, number] = number
+                ram.words[(number - 1) * 100 : number * 100] = 0
+                receiving = pool.submit(receive_round, destination, copy, there)
+                source.send_runs(ram, ram.populated(), number, here, copies=copies)
+                source.mark(Kind.ROUND_END, number)
+                source.expect(Kind.ROUND_ACK)
+                receiving.result()
+                assert np.array_equal(copy.bytes, ram.bytes)
+                assert here.digest() == there.digest()
+                real = PageHashes(ram)
+                real.note(ram.populated(), ram.views(ram.populated()))
+                assert here.digest() == real.digest()
 
 
 def test_a_migration_speaks_from_its_greeting_to_its_end() -> None:

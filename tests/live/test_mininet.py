@@ -1,0 +1,47 @@
+"""The seed network under Mininet's own command line, as README shows it."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from programs import ROOT
+
+from experiments.world import open_vswitch
+from topologies.plan import DEFAULT_PLAN
+
+TOPOLOGY = ROOT / "topologies/two_hosts.py"
+
+
+@pytest.fixture(autouse=True)
+def switch_daemons(tmp_path: Path) -> Iterator[None]:
+    with open_vswitch(tmp_path):
+        yield
+
+
+def mn(folder: Path, typed: str, topo: str = "vmotion") -> tuple[int, str]:
+    """Debian's mn with its own Python, as a person calls it: nothing of this project on its path."""
+    words = ["mn", "--custom", os.path.relpath(TOPOLOGY, folder), "--topo", topo, "--controller", "none"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        words, cwd=folder, env=environment, input=typed, capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_mn_loads_the_network_from_any_folder(tmp_path: Path) -> None:
+    for folder in (ROOT, tmp_path):
+        status, said = mn(folder, "esx1 ping -c1 50.50.50.2\nesx2 bridge link show\nesx1 ping -c1 10.0.99.12\nexit\n")
+        assert status == 0
+        assert said.count("1 packets transmitted, 1 received") == 2
+        assert "master vSwitch0 state forwarding" in said and "master vSwitch1 state forwarding" in said
+
+
+def test_mn_says_in_one_line_what_is_wrong_with_a_plan_and_kills_nobody(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(DEFAULT_PLAN.read_text().replace('"50.50.50.2"', '"50.50.50.9"'))
+    status, said = mn(tmp_path, "exit\n", f"vmotion,{plan}")
+    assert status == 2
+    assert "different subnets" in said
+    assert "Cleanup" not in said and "Traceback" not in said
