@@ -2,7 +2,7 @@
 
 prepare       RAM, guest process, namespace, dark port, announcement frames       (before the source starts)
 greet         HELLO, WELCOME
-receive       pages into RAM, an acknowledgement for every round
+receive       pages into RAM, an acknowledgement for every round; in a hurry from SUSPENDING on
 restore       RAM checked against the source's digest, sockets restored
 claim         the next generation on the datastore            <== POINT OF NO RETURN
 resume        gate open, guest told to run, first announcement, RESUMED
@@ -23,6 +23,7 @@ from hosts.protocol import (
 )
 from hosts.ram import PageHashes
 from hosts.stream import PeerAborted, Stream, StreamLost
+from hosts.urgency import hurry, relax
 from topologies.errors import TestbedError
 
 
@@ -41,6 +42,12 @@ class IncomingMigration:
 
     def run(self, stream: Stream, hello: Hello) -> None:
         """Until the VM runs here. IncomingFailed before the point of no return; nothing of it was seen outside."""
+        try:
+            self._run(stream, hello)
+        finally:
+            relax()
+
+    def _run(self, stream: Stream, hello: Hello) -> None:
         try:
             self.greet(stream, hello)
             state = self.receive(stream)
@@ -71,6 +78,8 @@ class IncomingMigration:
             match header.kind:
                 case Kind.PAGES | Kind.ZERO:
                     stream.receive_pages(header, ram, self.hashes)
+                case Kind.SUSPENDING:
+                    hurry()
                 case Kind.ROUND_END:
                     stream.mark(Kind.ROUND_ACK, header.round)
                 case Kind.STATE:

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from hosts import channel
 from hosts.ram import DirtyBitmap, Ram, open_bitmap
+from hosts.urgency import hurry, relax
 from topologies.errors import TestbedError
 from topologies.plan import VM
 
@@ -116,10 +117,12 @@ class LightGuest(Guest):
         self.tracking = ready.tracking
 
     def suspend(self) -> bytes:
+        hurry(self.pid)
         self._tell(channel.Suspend())
         return self._answer(channel.State).device
 
     def restore(self, device: bytes) -> None:
+        hurry(self.pid)
         self._tell(channel.Restore(device))
         self._answer(channel.Done)
 
@@ -127,6 +130,7 @@ class LightGuest(Guest):
         self._tell(channel.Run())
         meanwhile()
         self._answer(channel.Done)
+        relax(self.pid)
 
     def power_off(self) -> None:
         self._process.kill()

@@ -7,7 +7,7 @@
     precopy      -- PAGES, ZERO ----------------->  receiving          round 1..n
     round_ended  -- ROUND_END ------------------->  round_ended
     precopy      <------ ROUND_ACK --------------   receiving
-    suspended    (suspend: gate shut, guest stopped)
+    suspended    -- SUSPENDING ------------------>  receiving          gate shut, guest stopped
     suspended    -- PAGES, ZERO ----------------->  receiving          the residual
     handed_over  -- STATE devices, TCP, digest -->  restoring          RAM checked, sockets restored
                                                     claimed            (claim)  <== POINT OF NO RETURN
@@ -69,6 +69,7 @@ class Kind(enum.IntEnum):
     STATE = 7
     RESUMED = 8
     ABORT = 9
+    SUSPENDING = 10
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -111,6 +112,7 @@ _MAX_BODY = {
     Kind.STATE: 128 << 20,
     Kind.RESUMED: 4096,
     Kind.ABORT: 4096,
+    Kind.SUSPENDING: 0,
 }
 _BODIES: dict[Kind, type[msgspec.Struct]] = {
     Kind.HELLO: Hello,
@@ -219,7 +221,7 @@ _SOURCE = {
         "send PAGES": "precopy",
         "send ZERO": "precopy",
         "send ROUND_END": "round_ended",
-        "suspend": "suspended",
+        "send SUSPENDING": "suspended",
         "send ABORT": "aborted",
         "receive ABORT": "aborted",
         "lost": "aborted",
@@ -248,6 +250,7 @@ _DESTINATION = {
         "receive PAGES": "receiving",
         "receive ZERO": "receiving",
         "receive ROUND_END": "round_ended",
+        "receive SUSPENDING": "receiving",
         "receive STATE": "restoring",
         "receive ABORT": "aborted",
         "send ABORT": "aborted",
@@ -276,7 +279,7 @@ class Session:
         self._sequence = {"send": 0, "receive": 0}
 
     def step(self, event: str) -> None:
-        """Follow the table: 'send HELLO', 'receive PAGES', 'suspend', 'claim', 'lost', ..."""
+        """Follow the table: 'send HELLO', 'receive PAGES', 'claim', 'lost', ..."""
         following = TABLE[self.role].get(self.state, {}).get(event)
         if following is None:
             story = " -> ".join(self.story[-12:]) or "nothing"

@@ -2,7 +2,7 @@
 
 greet         HELLO, WELCOME
 precopy       rounds from the dirty bitmap until the policy says so
-suspend       gate shut, guest stopped
+suspend       SUSPENDING; gate shut, guest stopped
 residual      the pages written since the last round
 hand_over     device state, TCP connections, digest of RAM
 conclude      RESUMED: the VM is gone from here; silence: the datastore decides
@@ -20,6 +20,7 @@ from hosts.policy import Action, Decision, Policy, Round, decide
 from hosts.protocol import MAJOR, MINOR, Hello, Kind, ProtocolError, Resumed, State, negotiate
 from hosts.ram import PAGE, PageHashes, count
 from hosts.stream import PeerAborted, Stream, StreamLost
+from hosts.urgency import hurried
 from topologies.errors import TestbedError
 
 _TELL_EVERY_S = 0.1
@@ -84,10 +85,11 @@ class OutgoingMigration:
             self._give_up(error)
             raise MigrationFailed(f"VM {self.machine.vm.name} stays on {self._here}: {error}") from error
         try:
-            self.suspend()
-            self.residual()
-            self.hand_over()
-            resumed: Resumed = self.stream.expect(Kind.RESUMED)
+            with hurried():
+                self.suspend()
+                self.residual()
+                self.hand_over()
+                resumed: Resumed = self.stream.expect(Kind.RESUMED)
         except TestbedError as error:
             self._settle(error)
             resumed = Resumed(self.machine.generation + 1, "")
@@ -150,11 +152,11 @@ class OutgoingMigration:
 
     def suspend(self) -> None:
         self._emit("vm.suspending")
+        self.stream.mark(Kind.SUSPENDING, len(self.rounds) + 1)
         self.machine.announcer.silence()
         self.machine.port.shut()
         self._emit("gate.shut")
         self.device = self.machine.guest.suspend()
-        self.stream.session.step("suspend")
         self._emit("vm.suspended")
 
     def residual(self) -> None:

@@ -53,7 +53,7 @@ class Stream:
         self._send_frame(kind, 0, 0, [memoryview(data)])
 
     def mark(self, kind: Kind, round_number: int) -> None:
-        """ROUND_END and ROUND_ACK: a header is all."""
+        """ROUND_END, ROUND_ACK and SUSPENDING: a header is all."""
         self._send_frame(kind, round_number, 0, [])
 
     def receive(self) -> tuple[Header, Any]:

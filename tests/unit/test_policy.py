@@ -41,6 +41,7 @@ def rounds_that_left(*left_mib: float, sent_mib: float = 100) -> list[Round]:
         ((3, 2.5, 2.3), 1, Action.SWITCH),
         ((2, 3, 4), 1, Action.SWITCH),
         ((400, 3, 4, 2.9), 1, Action.SWITCH),
+        ((2, 4, 3, 2.9), 1, Action.SWITCH),
         ((400, 3, 3, 2, 1.6), 1, Action.CONTINUE),
         ((400, 3, 3, 2, 1.6, 1.3), 1, Action.CONTINUE),
         ((400, 3, 3, 2, 1.6, 1.6), 1, Action.SWITCH),
@@ -149,3 +150,10 @@ def test_a_rest_that_goes_up_and_down_within_the_target_is_switched_before_the_t
     left_mib = (400, 3, *(2, 3) * 20)
     actions = {decide(POLICY, rounds_that_left(*left_mib[:n]), n).action for n in range(1, len(left_mib) + 1)}
     assert Action.SWITCH in actions
+
+
+@given(st.lists(st.floats(0, 4), min_size=30, max_size=30))
+def test_a_rest_that_stays_within_the_target_is_switched_after_some_rounds_whatever_it_does(
+    left_mib: list[float],
+) -> None:
+    assert any(decide(POLICY, rounds_that_left(*left_mib[:n]), n).action is Action.SWITCH for n in range(1, 31))

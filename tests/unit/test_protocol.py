@@ -4,7 +4,7 @@ import socket
 import time
 import tracemalloc
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -42,7 +42,7 @@ from hosts.protocol import (
     parse_header,
     parse_runs,
 )
-from hosts.ram import PAGE, PageHashes, Ram, runs_of
+from hosts.ram import PAGE, HashBitmap, PageHashes, Ram, pages_of, runs_of
 from hosts.stream import PeerAborted, Stream, StreamLost
 
 MIB = 2**20
@@ -57,6 +57,7 @@ LIMITS = {
     Kind.STATE: 128 * MIB,
     Kind.RESUMED: 4096,
     Kind.ABORT: 4096,
+    Kind.SUSPENDING: 0,
 }
 BODIES: list[msgspec.Struct] = [
     Hello(MAJOR, MINOR, "vm1-0badcafe", "0123456789abcdef" * 2, 512 * MIB),
@@ -131,7 +132,7 @@ def test_any_24_bytes_are_a_header_within_its_limits_or_the_peers_fault(data: by
     [
         ((b"GET ", 1, 0, 0, 0, 1, 20), "does not speak the vMotion protocol: frame starts with b'GET '"),
         ((b"VMOT", 0, 0, 0, 0, 1, 0), "unknown message kind 0"),
-        ((b"VMOT", 10, 0, 0, 0, 1, 0), "unknown message kind 10"),
+        ((b"VMOT", 99, 0, 0, 0, 1, 0), "unknown message kind 99"),
         ((b"VMOT", Kind.HELLO, 0x80, 0, 0, 1, 20), "HELLO with unknown flags 0x80"),
         ((b"VMOT", Kind.HELLO, 0, 0, 0, 1, 4097), "HELLO of 4097 bytes; at most 4096"),
         ((b"VMOT", Kind.STATE, 0, 0, 0, 1, 2**32 - 1), "STATE of 4294967295 bytes"),
@@ -238,7 +239,7 @@ def test_a_body_comes_back_as_it_was_encoded(body: msgspec.Struct) -> None:
 
 def test_every_kind_of_message_is_either_a_body_or_none() -> None:
     with_body = {encode_body(body)[0] for body in BODIES}
-    assert set(Kind) - with_body == {Kind.PAGES, Kind.ZERO, Kind.ROUND_END, Kind.ROUND_ACK}
+    assert set(Kind) - with_body == {Kind.PAGES, Kind.ZERO, Kind.ROUND_END, Kind.ROUND_ACK, Kind.SUSPENDING}
     assert all(parse_body(kind, b"") is None for kind in set(Kind) - with_body)
 
 
@@ -301,7 +302,7 @@ def test_another_major_version_is_refused_and_both_are_named(major: int) -> None
 # ---------------------------------------------------------------- the state table
 
 MESSAGES = {f"{direction} {kind.name}" for direction in ("send", "receive") for kind in Kind}
-OWN_ACTS = {"suspend", "resume", "claim", "claim lost", "lost"}
+OWN_ACTS = {"resume", "claim", "claim lost", "lost"}
 EVENTS = sorted(MESSAGES | OWN_ACTS)
 roles = st.sampled_from(sorted(TABLE))
 
@@ -697,11 +698,57 @@ def test_both_ends_agree_on_ram_after_rounds_in_which_pages_become_zero_and_othe
                 assert here.digest() == real.digest()
 
 
+class HashesWithAGuest(PageHashes):
+    """The guest writes just before or just after its pages are hashed."""
+
+    def __init__(self, ram: Ram, before: Callable[[], None], after: Callable[[], None]) -> None:
+        super().__init__(ram)
+        self._before, self._after = before, after
+
+    def note(self, runs: np.ndarray, contents: list[memoryview]) -> None:
+        self._before()
+        super().note(runs, contents)
+        self._after()
+
+
+@pytest.mark.parametrize("moment", ["before they are copied", "before they are hashed", "before they are sent"])
+@pytest.mark.parametrize("and_back", [True, False])
+def test_pages_that_are_written_while_they_are_compared_and_sent_arrive_as_they_are_in_the_end(
+    moment: str, and_back: bool
+) -> None:
+    with memory(8) as ram, memory(8) as copy, migration() as (source, destination):
+        ram.words[:, 0] = 1
+
+        def guest(at: str) -> Callable[..., None]:
+            def write(*_: object) -> None:
+                if at == moment:
+                    ram.words[:, 1] ^= 1
+
+            return write
+
+        here = HashesWithAGuest(ram, guest("before they are hashed"), guest("before they are sent"))
+        there, bitmap = PageHashes(copy), HashBitmap(ram)
+        bitmap.begin(here)
+        with ThreadPoolExecutor(1) as pool:
+            receiving = pool.submit(receive_round, destination, copy, there)
+            first = bitmap.take()
+            source.send_runs(ram, first, 1, here, guest("before they are copied"), copies=bitmap.needs_copies)
+            source.mark(Kind.ROUND_END, 1)
+            source.expect(Kind.ROUND_ACK)
+            receiving.result()
+        if and_back:
+            ram.words[:, 1] ^= 1
+        for page in pages_of(bitmap.take()):
+            copy.words[page] = ram.words[page]
+        assert np.array_equal(copy.bytes, ram.bytes)
+
+
 def test_a_migration_speaks_from_its_greeting_to_its_end() -> None:
     with memory(8) as ram, memory(8) as copy, migration() as (source, destination):
         scribble(ram, {1, 5})
         transfer(source, destination, ram, copy, ram.populated())
-        source.session.step("suspend")
+        source.mark(Kind.SUSPENDING, 2)
+        assert destination.receive()[0].kind is Kind.SUSPENDING
         source.send(State(b"device", "digest"))
         assert destination.expect(Kind.STATE) == State(b"device", "digest")
         destination.session.step("claim")
