@@ -21,6 +21,7 @@ from experiments.world import leftovers, run_inside
 from topologies.errors import TestbedError
 
 Experiment = Callable[[Run], Findings]
+_INTERRUPTED = "interrupted; everything is taken down"
 
 
 def conduct(name: str, experiment: Experiment, options: Options) -> int:
@@ -32,40 +33,40 @@ def conduct(name: str, experiment: Experiment, options: Options) -> int:
 def _inside(name: str, experiment: Experiment, options: Options) -> int:
     try:
         check_kernel(options.plan)
-        run = Run(name, options)
+        return _judged(Run(name, options), experiment)
     except TestbedError as error:
         print(f"vmotion: {error}", file=sys.stderr)
         return error.exit_status
-    before = leftovers()  # namespaces of the machine itself, which a world's copy of its mounts shows
-    summary: dict[str, Any] = {"schema": 1, "experiment": name, "verdict": "fail", "checks": {}}
-    status = 1
-    try:
-        findings = experiment(run)
-    except TestbedError as error:
-        summary["error"] = str(error)
-        status = error.exit_status
     except (KeyboardInterrupt, SystemExit) as stop:
-        summary["error"] = "interrupted; everything is taken down"
-        status = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else int(stop.code or 1)
-    except Exception as error:  # a bug of ours: told in full in the logs, in one line to the person
-        summary["error"] = f"internal error: {error!r}; see {run.logs}/traceback.log"
-        (run.logs / "traceback.log").write_text(traceback.format_exc())
-    else:
+        print(f"vmotion: {_INTERRUPTED}", file=sys.stderr)
+        return 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else int(stop.code or 1)
+
+
+def _judged(run: Run, experiment: Experiment) -> int:
+    """Whatever happens, there is a summary.json in the end, and it says what happened."""
+    summary: dict[str, Any] = {"schema": 1, "experiment": run.experiment, "verdict": "fail", "checks": {}}
+    summary["error"] = _INTERRUPTED  # until it is known to be something else
+    try:
+        before = leftovers()  # namespaces of the machine itself, which a world's copy of its mounts shows
+        findings = experiment(run)
         left = sorted(leftovers() - before)
         summary["checks"] = findings.checks | {"nothing_left_behind": not left}
-        summary |= findings.sections
-        summary["wall_s"] = run.wall_s()
-        if left:
-            summary["left_behind"] = left
+        summary |= findings.sections | {"wall_s": run.wall_s()} | ({"left_behind": left} if left else {})
         if all(summary["checks"].values()):
-            summary["verdict"], status = "pass", 0
+            summary["verdict"] = "pass"
+        del summary["error"]
+    except TestbedError as error:
+        summary["error"] = str(error)
+        raise
+    except Exception as error:  # a bug of ours: told in full in the logs, in one line to the person
+        (run.logs / "traceback.log").write_text(traceback.format_exc())
+        summary["error"] = f"internal error: {error!r}; see {run.logs}/traceback.log"
+        raise TestbedError(summary["error"]) from error
     finally:
         run.write_summary(summary)
-    if "error" in summary:
-        print(f"vmotion: {summary['error']}", file=sys.stderr)
-        print(f"results  {run.folder}", file=sys.stderr)
-    else:
-        if "migration" in summary:
-            report.table(summary)
-        report.conclusion(summary, run.folder)
-    return status
+        if "error" in summary:
+            print(f"results  {run.folder}", file=sys.stderr)
+    if "migration" in summary:
+        report.table(summary)
+    report.conclusion(summary, run.folder)
+    return 0 if summary["verdict"] == "pass" else 1

@@ -49,8 +49,8 @@ class Run:
             folder.mkdir()
         self.events_file = self.folder / "events.jsonl"
         self.events = EventLog(self.events_file, "testbed")
-        self.events.emit("run.begin", experiment=experiment, clocks=clock_pair())
         self._write("manifest.json", self._manifest())
+        self.events.emit("run.begin", experiment=experiment, clocks=clock_pair())
 
     @property
     def plan(self) -> Plan:

@@ -13,9 +13,9 @@ SLOW = (*SMALL, "--link", "200Mbit")
 
 
 def one_line(err: str, *words: str) -> None:
-    first, *others = err.strip().splitlines()
-    assert first.startswith("vmotion: ") and all(word in first for word in words), err
-    assert all(line.startswith("results  ") for line in others), err
+    where, line = err.strip().splitlines()
+    assert where.startswith("results  "), err
+    assert line.startswith("vmotion: ") and all(word in line for word in words), err
 
 
 def vm_goes_on_at_source(program: Program) -> None:

