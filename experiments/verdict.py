@@ -50,7 +50,8 @@ def judge(
     return Findings(
         checks,
         {
-            "migration": _migration(result, timeline, ram_bytes, downtime_target_ms),
+            "migration": _migration(result, timeline, ram_bytes, downtime_target_ms)
+            | {"ram_digest_equal": checks["ram_digests_equal"]},
             "network": _network(probes, timeline),
             "announce": {
                 "mode": announce,
@@ -81,7 +82,6 @@ def _migration(result: Result, timeline: Timeline, ram_bytes: int, target_ms: fl
         "downtime_predicted_ms": outcome.predicted_downtime_ms,
         "downtime_parts_ms": timeline.parts_ms,
         "goodput_mbps": longest.bytes * 8 / longest.ms / 1000,
-        "ram_digest_equal": outcome.source_digest == outcome.destination_digest,
     }
 
 

@@ -178,7 +178,7 @@ class Agent:
             hello: Hello = stream.expect(Kind.HELLO)
             with self.lock:
                 incoming = self.arriving.get(hello.migration)
-                if incoming is None or not hmac.compare_digest(incoming.token, hello.token):
+                if incoming is None or not hmac.compare_digest(incoming.token.encode(), hello.token.encode()):
                     raise AgentError(f"no migration {hello.migration!r} is prepared for this caller")
                 del self.arriving[hello.migration]
         except TestbedError as error:
@@ -190,15 +190,20 @@ class Agent:
         except TestbedError as error:
             self.log(str(error))
             self._discard(incoming)
+        except Exception:  # a bug of ours must not leave half a VM here; its trace goes to the log
+            self._discard(incoming)
+            raise
         else:
             with self.lock:
                 self.machines[incoming.machine.vm.name] = incoming.machine
                 self.busy.discard(incoming.machine.vm.name)
 
     def _discard(self, incoming: IncomingMigration) -> None:
-        incoming.machine.dismantle()
-        incoming.machine.emit("migration.discarded", migration=incoming.migration)
-        self.busy.discard(incoming.machine.vm.name)
+        try:
+            incoming.machine.dismantle()
+            incoming.machine.emit("migration.discarded", migration=incoming.migration)
+        finally:
+            self.busy.discard(incoming.machine.vm.name)
 
     # ------------------------------------------------------------ tables
 

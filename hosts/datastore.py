@@ -65,8 +65,8 @@ class LocalDatastore:
             home.mkdir(exist_ok=True)
             if generation != max(self._generations(vm), default=0) + 1:
                 return False
-            draft.write_bytes(msgspec.json.encode(claim))
             try:
+                draft.write_bytes(msgspec.json.encode(claim))
                 os.link(draft, self._path(vm, generation))
             except FileExistsError:
                 return False

@@ -68,6 +68,10 @@ class Guest(ABC):
         """Run, after `restore` or after a `suspend` in vain; `meanwhile` is called once it has been told to."""
 
     @abstractmethod
+    def check(self) -> None:
+        """GuestError if it has ended: what its bitmap says then is nothing."""
+
+    @abstractmethod
     def power_off(self) -> None:
         """End it, running or not, and give back its RAM; never fails on a dead guest."""
 
@@ -131,6 +135,10 @@ class LightGuest(Guest):
         meanwhile()
         self._answer(channel.Done)
         relax(self.pid)
+
+    def check(self) -> None:
+        if self._process.poll() is not None:
+            raise self._gone(ChildProcessError("it has ended"))
 
     def power_off(self) -> None:
         self._process.kill()

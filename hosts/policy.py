@@ -50,7 +50,7 @@ class Decision:
 
 
 def bandwidth(rounds: list[Round]) -> float:
-    """Bytes per second, from all rounds long enough to tell; 0 if there was none."""
+    """Bytes per second, from the rounds long enough to tell, or from all if none was; 0 if nothing was sent."""
     long = [r for r in rounds if r.bytes >= _MEASURABLE_BYTES] or rounds
     total_ms = sum(r.ms for r in long)
     return sum(r.bytes for r in long) / total_ms * 1000 if total_ms else 0.0

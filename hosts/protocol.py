@@ -7,8 +7,8 @@
     precopy      -- PAGES, ZERO ----------------->  receiving          round 1..n
     round_ended  -- ROUND_END ------------------->  round_ended
     precopy      <------ ROUND_ACK --------------   receiving
-    suspended    -- SUSPENDING ------------------>  receiving          gate shut, guest stopped
-    suspended    -- PAGES, ZERO ----------------->  receiving          the residual
+    suspended    -- SUSPENDING ------------------>  switching          gate shut, guest stopped
+    suspended    -- PAGES, ZERO ----------------->  switching          the residual
     handed_over  -- STATE devices, TCP, digest -->  restoring          RAM checked, sockets restored
                                                     claimed            (claim)  <== POINT OF NO RETURN
                                                     running            (resume: gate open, guest runs)
@@ -42,7 +42,8 @@ PORT = 8000  # VMware's vMotion port
 MAJOR, MINOR = 1, 0
 MAGIC = b"VMOT"
 HEADER = struct.Struct("!4sBBHIQI")
-CHUNK_PAGES = 256  # 1 MiB: long against the cost of a frame, short against every time-out
+# 1 MiB: long against the cost of a frame, short against every time-out; its runs fit into one sendmsg(2)
+CHUNK_PAGES = 256
 RUN_BYTES = 8
 _RUN = np.dtype(">u4")
 
@@ -208,6 +209,8 @@ def negotiate(major: int, minor: int) -> tuple[int, int]:
         raise RemoteProtocolError(
             f"the peer speaks version {major}.{minor}, this host {MAJOR}.{MINOR}; update the older"
         )
+    if minor < 0:
+        raise RemoteProtocolError(f"the peer speaks version {major}.{minor}, which cannot be")
     return MAJOR, min(minor, MINOR)
 
 
@@ -250,7 +253,14 @@ _DESTINATION = {
         "receive PAGES": "receiving",
         "receive ZERO": "receiving",
         "receive ROUND_END": "round_ended",
-        "receive SUSPENDING": "receiving",
+        "receive SUSPENDING": "switching",
+        "receive ABORT": "aborted",
+        "send ABORT": "aborted",
+        "lost": "aborted",
+    },
+    "switching": {
+        "receive PAGES": "switching",
+        "receive ZERO": "switching",
         "receive STATE": "restoring",
         "receive ABORT": "aborted",
         "send ABORT": "aborted",

@@ -160,7 +160,9 @@ class OutgoingMigration:
         self._emit("vm.suspended")
 
     def residual(self) -> None:
-        pages, _ = self._send(self.bitmap.take(), len(self.rounds) + 1)
+        dirty = self.bitmap.take()
+        self.machine.guest.check()  # the kernel calls the pages of a process that has ended clean
+        pages, _ = self._send(dirty, len(self.rounds) + 1)
         self.residual_pages = pages
         self._emit("residual.sent", pages=pages)
 

@@ -26,7 +26,6 @@ from topologies.errors import TestbedError
 
 # A peer that is silent for so long is taken for gone: a cut cable tells nothing.
 PEER_TIMEOUT_S = 5.0
-_IOV_MAX = 1024  # buffers in one sendmsg(2)
 
 
 class StreamLost(TestbedError):
@@ -138,7 +137,7 @@ class Stream:
         self.bytes_sent += HEADER.size + length
         try:
             while pending:
-                sent = self._socket.sendmsg(pending[:_IOV_MAX])
+                sent = self._socket.sendmsg(pending)
                 while pending and sent >= len(pending[0]):
                     sent -= len(pending.pop(0))
                 if sent:
@@ -155,7 +154,7 @@ class Stream:
     def _into(self, buffers: list[memoryview]) -> None:
         try:
             while buffers:
-                got = self._socket.recvmsg_into(buffers[:_IOV_MAX])[0]
+                got = self._socket.recvmsg_into(buffers)[0]
                 if got == 0:
                     raise StreamLost("the vMotion connection was closed by the peer")
                 while buffers and got >= len(buffers[0]):

@@ -219,7 +219,7 @@ def _item(kind: type, element: Any, where: str) -> Any:
 
 def validate(plan: Plan) -> Plan:
     """The same plan, or PlanError with the first thing that cannot be built."""
-    for check in (_check_names, _check_addresses, _check_unique, _check_hosts, _check_vmotion, _check_vms):
+    for check in _CHECKS:
         check(plan)
     return plan
 
@@ -296,6 +296,18 @@ def _check_netmask(host: Host, port: VMkernelPort) -> None:
         raise PlanError(f"{where}: {port.ip} is the network or broadcast address of {port.interface.network}")
 
 
+def _check_vm_network(plan: Plan) -> None:
+    """Clients and VMs reach each other without a router: one subnet, each an address of its own in it."""
+    things: tuple[Client | VM, ...] = (*plan.clients, *plan.vms)
+    for thing in things:
+        where, network = f"{type(thing).__name__} {thing.name!r}", thing.interface.network
+        if thing.interface.ip in (network.network_address, network.broadcast_address):
+            raise PlanError(f"{where}: {thing.interface.ip} is the network or broadcast address of {network}")
+        if network != things[0].interface.network:
+            first = f"{type(things[0]).__name__} {things[0].name!r} ({things[0].interface.network})"
+            raise PlanError(f"{where} ({network}) is in another subnet than {first}; the VM network is one")
+
+
 def _check_unique(plan: Plan) -> None:
     ips = [(plan.manager_ip, "the manager")]
     ips += [(h.management, f"host {h.name!r}") for h in plan.hosts]
@@ -367,8 +379,13 @@ def _check_vms(plan: Plan) -> None:
             raise PlanError(f"VM {vm.name!r}: RAM of {vm.ram} bytes; it takes at least 16MiB, in whole 4 KiB pages")
         if not 0 <= vm.fill <= 1:
             raise PlanError(f"VM {vm.name!r}: fill of {vm.fill:.0%}; it must be 0% to 100%")
+        if not vm.bulk_rate:
+            raise PlanError(f"VM {vm.name!r}: the bulk stream cannot be unshaped; write a rate like 10Mbit")
         if not _PAGE <= vm.working_set <= vm.ram // 2:
             size = format_size(vm.working_set)
             raise PlanError(
                 f"VM {vm.name!r}: working set of {size}; it must be a page at least and at most half of its RAM"
             )
+
+
+_CHECKS = (_check_names, _check_addresses, _check_vm_network, _check_unique, _check_hosts, _check_vmotion, _check_vms)

@@ -20,6 +20,8 @@ def _parse(text: str, units: dict[str, int], example: str) -> float:
     if match is None:
         raise UsageError(f"{text!r} is no quantity; write it like {example}")
     number, unit = match.groups()
+    if "BIT" not in units and re.search("[KMG]i?b(/|$)", unit):
+        raise UsageError(f"{text!r}: {unit!r} is read as bits by some; write it like {example}")
     factor = units.get(unit.upper())
     if factor is None:
         missing = "has no unit" if not unit else f"has an unknown unit {unit!r}"
@@ -40,8 +42,13 @@ def parse_rate(text: str) -> int:
 
 
 def parse_bitrate(text: str) -> int:
-    """Bits per second, from '1Gbit'; 'unshaped' is 0."""
-    return 0 if text.strip() == "unshaped" else round(_parse(text, _BITRATES, "1Gbit (or 'unshaped')"))
+    """Bits per second, from '1Gbit' or '1 Gbit/s'; 'unshaped' is 0, and nothing else is."""
+    if text.strip() == "unshaped":
+        return 0
+    rate = round(_parse(text.removesuffix("/s"), _BITRATES, "1Gbit (or 'unshaped')"))
+    if rate == 0:
+        raise UsageError(f"{text!r} is no rate at all; write it like 1Gbit (or 'unshaped')")
+    return rate
 
 
 def parse_percent(text: str) -> float:

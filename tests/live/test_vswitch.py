@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from fakes import BROADCAST, arp, ethernet, rarp
@@ -27,15 +28,24 @@ VM2 = VM("vm2", "esx1", "10.0.0.12/24", "00:50:56:00:00:02")
 PATIENCE_S = 20.0
 
 
-class Wire:
-    """A device, or every device of a namespace: sends frames and sees those that come in."""
+@contextmanager
+def inside(node: Node) -> Iterator[None]:
+    """This thread is in the node's network namespace: the sockets that it makes belong there."""
+    with open(f"/proc/{node.pid}/ns/net") as there:
+        netns.pushns()
+        try:
+            netns.setns(there.fileno())
+            yield
+        finally:
+            netns.popns()
 
-    def __init__(self, device: str, node: Node | None = None) -> None:
-        namespace = f"/proc/{node.pid}/ns/net" if node else None
-        kind = socket.AF_PACKET, socket.SOCK_RAW, socket.htons(EVERY_TYPE)
-        self._socket = netns.create_socket(namespace, *kind, flags=0)
-        if device:
-            self._socket.bind((device, EVERY_TYPE))
+
+class Wire:
+    """A device of this namespace: sends frames and sees those that come in."""
+
+    def __init__(self, device: str) -> None:
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        self._socket.bind((device, EVERY_TYPE))
         self._socket.settimeout(PATIENCE_S)
 
     def send(self, frame: bytes) -> None:
@@ -43,7 +53,7 @@ class Wire:
 
     def until(self, last: bytes) -> list[bytes]:
         """What came in before a frame that is known to come; frames do not overtake each other."""
-        seen = []
+        seen: list[bytes] = []
         while True:
             frame, (_, _, direction, *_) = self._socket.recvfrom(2048)
             if frame == last:
@@ -61,7 +71,8 @@ class PoweredOn:
     def __init__(self, network: "Network", vm: VM) -> None:
         self.vm, self.node = vm, Node()
         self.port = VmPort(network.netlink, "vSwitch0", vm, self.node.pid)
-        self.wire = Wire("eth0", self.node)
+        with inside(self.node):
+            self.wire = Wire("eth0")
 
     def udp(self) -> socket.socket:
         return udp(self.node, str(self.vm.interface.ip))
@@ -89,7 +100,9 @@ class Network:
         self.client.run("ip", "addr", "add", f"{CLIENT_IP}/24", "dev", "eth0")
         self.client.run("ip", "link", "set", "eth0", "up")
         eventually(lambda: state_of("uplink") == "forwarding", "carrier")
-        self.wire, self.host = Wire("eth0", self.client), Wire("vSwitch0")
+        self.host = Wire("vSwitch0")
+        with inside(self.client):
+            self.wire = Wire("eth0")
         self._vms: list[PoweredOn] = []
 
     def power_on(self, vm: VM) -> PoweredOn:
@@ -127,7 +140,8 @@ def entries(port: str) -> list[str]:
 
 
 def udp(node: Node, ip: str) -> socket.socket:
-    sock: socket.socket = netns.create_socket(f"/proc/{node.pid}/ns/net", socket.AF_INET, socket.SOCK_DGRAM, flags=0)
+    with inside(node):
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind((ip, 9))
     sock.settimeout(PATIENCE_S)
     return sock
@@ -157,7 +171,7 @@ OUTBOUND = every_kind(VM1.mac, CLIENT, ip_bytes("10.0.0.11"), ip_bytes(CLIENT_IP
 
 
 def nothing_passes(network: Network, vm1: PoweredOn) -> None:
-    """Everything is tried while the port is dark; then it opens, and the first frame through it is the next one sent."""
+    """Everything is tried while the port is dark; once it is open the first frame through it is the next one sent."""
     for inbound, outbound in zip(INBOUND, OUTBOUND, strict=True):
         network.wire.send(inbound)
         network.host.send(inbound)  # the vSwitch itself sends too: announcements

@@ -242,7 +242,6 @@ def test_a_second_vm_must_differ_from_the_first(tmp_path: Path) -> None:
     for old, new, what in (
         ("vm2", "vm1", "names must differ"),
         ("10.0.0.12/24", "10.0.0.11/24", "IP address 10.0.0.11"),
-        ("10.0.0.12/24", "10.0.0.11/8", "IP address 10.0.0.11"),
         ("00:50:56:00:00:02", "00:50:56:00:00:01", "MAC 00:50:56:00:00:01"),
     ):
         with pytest.raises(PlanError) as refusal:
@@ -437,3 +436,19 @@ def test_a_byte_of_a_plan_may_be_any_other(tmp_path_factory: pytest.TempPathFact
     else:
         return
     refused(refusal, str(file))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("10.0.0.100/24", "10.0.1.100/24", "another subnet"),
+        ("10.0.0.11/24", "10.0.0.0/24", "network or broadcast"),
+        ("10.0.0.11/24", "10.0.0.255/24", "network or broadcast"),
+        ('bulk_rate = "10Mbit"', 'bulk_rate = "unshaped"', "cannot be unshaped"),
+    ],
+)
+def test_a_vm_that_its_client_could_not_use_is_refused(tmp_path: Path, old: str, new: str, named: str) -> None:
+    text = DEFAULT_PLAN.read_text()
+    assert old in text
+    with pytest.raises(PlanError, match=named):
+        read(tmp_path, text.replace(old, new, 1))

@@ -520,7 +520,10 @@ def test_a_side_that_waits_for_the_other_never_gets_a_message_that_it_must_refus
         role: {state for state, events in table.items() if any(is_answer(event) for event in events)}
         for role, table in TABLE.items()
     }
-    assert waits == {"source": {"greeting", "round_ended", "handed_over"}, "destination": {"new", "receiving"}}
+    assert waits == {
+        "source": {"greeting", "round_ended", "handed_over"},
+        "destination": {"new", "receiving", "switching"},
+    }
     for world, following in WORLDS.items():
         if world.source in waits["source"] and world.to_source:
             assert f"source: receive {world.to_source[0]}" in following, world
@@ -862,8 +865,9 @@ FRAMES = [
     _frame(Kind.ZERO, 2, table((3, 5)), pages=2),
     _frame(Kind.PAGES, 3, table((0, 2), (7, 8)) + _content(0) + _content(1) + _content(7), pages=3),
     _frame(Kind.ROUND_END, 4),
-    _frame(Kind.PAGES, 5, table((31, 32)) + _content(31), pages=1),
-    _frame(Kind.STATE, 6, encode_body(STATE)[1]),
+    _frame(Kind.SUSPENDING, 5),
+    _frame(Kind.PAGES, 6, table((31, 32)) + _content(31), pages=1),
+    _frame(Kind.STATE, 7, encode_body(STATE)[1]),
 ]
 HONEST = b"".join(FRAMES)
 STARTS = [sum(len(frame) for frame in FRAMES[:number]) for number in range(len(FRAMES))]

@@ -40,6 +40,7 @@ PARSERS: tuple[Parser, ...] = (parse_size, parse_rate, parse_bitrate, parse_perc
         (parse_bitrate, "10Mbit", 10**7),
         (parse_bitrate, "64kbit", 64_000),
         (parse_bitrate, "9600bit", 9600),
+        (parse_bitrate, "1 Gbit/s", 10**9),
         (parse_bitrate, "unshaped", 0),
         (parse_percent, "75%", 0.75),
         (parse_percent, "0%", 0.0),
@@ -54,6 +55,9 @@ def test_a_quantity_is_read_in_its_unit(parse: Parser, text: str, expected: floa
     ("parse", "text", "why"),
     [
         (parse_size, "512", "has no unit"),
+        (parse_rate, "50Mb/s", "read as bits by some"),
+        (parse_size, "512Mib", "read as bits by some"),
+        (parse_bitrate, "0Gbit", "no rate at all"),
         (parse_size, "", "is no quantity"),
         (parse_size, "MiB", "is no quantity"),
         (parse_size, "-1MiB", "is no quantity"),
