@@ -206,6 +206,8 @@ def main(only: str | None, list_groups: bool, json_file: Path | None, samples: i
         raise UsageError(f"there is no group {only!r} in the bench; it has {', '.join(GROUPS)}")
     if not 1 <= samples <= 1000:
         raise UsageError(f"--migrations {samples}: take 1 to 1000 samples of each figure")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise UsageError(f"--json {json_file}: there is no folder {json_file.parent}")
     check_machine(read_plan())
     rows: list[Row] = []
     # demos first: entering a world, as `cable` does, can be done once by a process
@@ -233,4 +235,4 @@ def _print(rows: list[Row]) -> None:
             met = {True: "yes", False: "NO", None: ""}[r.met]
             figures = (str(r.n), f"{r.median:.4g}", f"{r.low:.4g}-{r.high:.4g}", r.unit)
             table.add_row(r.name, *figures, reference, ratio, r.target, met)
-        Console(width=130).print(table)
+        Console(width=130, soft_wrap=True).print(table)

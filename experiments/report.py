@@ -27,7 +27,8 @@ def rounds() -> Iterator[Callable[[RoundProgress], None]]:
     if not console.is_terminal:
         yield _print_round
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+    text = (TextColumn("{task.description}"), TextColumn("{task.fields[figures]}"))
+    columns = text if console.width < 110 else (text[0], BarColumn(), text[1])
     with Progress(*columns, console=console) as progress:
         bars: dict[int, TaskID] = {}
 
@@ -52,7 +53,7 @@ def _figures(note: RoundProgress) -> str:
     rate = done.bytes * 8 / done.ms / 1000 if done.ms else 0.0
     return (
         f"{format_size(done.bytes):>9} in {done.ms:6.0f} ms ({rate:4.0f} Mbit/s), "
-        f"{format_size(done.remaining_bytes):>9} dirty since: {note.decision}"
+        f"{format_size(done.remaining_bytes):>9} dirty: {note.decision}"
     )
 
 
@@ -123,4 +124,4 @@ def conclusion(summary: dict[str, Any], folder: Path) -> None:
     capture = folder / "capture.pcapng"
     if capture.exists():
         say(f"look at  wireshark {capture}")
-        say(f"     or  tshark -r {capture} -Y 'eth.type == 0x8035'     (the RARP frames)")
+        say(f"     or  tshark -r {capture} -Y 'eth.type == 0x8035 or arp.isgratuitous == 1'")

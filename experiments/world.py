@@ -153,7 +153,11 @@ def open_vswitch(logs: Path) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
-            daemon.wait()
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
         database.unlink()
 
 
@@ -208,7 +212,7 @@ def leftovers() -> set[str]:
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            except FileNotFoundError:  # it ended while we looked
+            except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
                 continue
             found.add(f"process {entry.name} {command}")
     found |= {f"device {name}" for _, name in socket.if_nameindex() if name != "lo"}

@@ -13,13 +13,13 @@ import signal
 import socket
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-from pyroute2 import IPRoute
 
 from hosts import control, protocol
 from hosts.datastore import LocalDatastore
@@ -31,6 +31,9 @@ from hosts.stream import PEER_TIMEOUT_S, Stream
 from topologies.errors import TestbedError
 from topologies.events import EventLog
 from topologies.plan import read_plan
+
+# A silent source is noticed after PEER_TIMEOUT_S, and taking a VM apart takes a fraction of a second.
+_DISCARDED_WITHIN_S = 2 * PEER_TIMEOUT_S
 
 
 class AgentError(TestbedError):
@@ -45,6 +48,7 @@ class Agent:
         self.lock = threading.Lock()
         self.machines: dict[str, Machine] = {}
         self.arriving: dict[str, IncomingMigration] = {}  # by migration
+        self.receiving: dict[str, threading.Event] = {}  # by migration: set when its stream has ended
         self.leaving: dict[str, threading.Event] = {}  # by migration: set to cancel
         self.busy: set[str] = set()  # names of VMs that are arriving, leaving, starting or stopping
 
@@ -73,7 +77,8 @@ class Agent:
         vm = request.vm
         with self._reserved(vm.name):
             newest = self.site.datastore.newest(vm.name)
-            if newest is not None and newest.running:
+            # what is ours and not here has ended without being able to say so
+            if newest is not None and newest.running and (newest.host != self.name or vm.name in self.machines):
                 raise AgentError(f"VM {vm.name} is running on {newest.host} (generation {newest.generation})")
             with ExitStack() as undo:
                 machine = Machine.build(self.site, vm, request.announce, request.schedule_ms)
@@ -84,9 +89,9 @@ class Agent:
                 machine.guest.power_on()
                 machine.port.open()
                 undo.pop_all()
+            self.machines[vm.name] = machine
             machine.emit("vm.powered_on", generation=machine.generation, tracking=machine.guest.tracking)
             machine.announcer.start(lambda number, mode, frames: None)
-            self.machines[vm.name] = machine
         return {"generation": machine.generation, "tracking": machine.guest.tracking}
 
     def _power_off(self, request: control.PowerOff) -> dict[str, Any]:
@@ -106,7 +111,8 @@ class Agent:
         if newest is None or not newest.running:
             raise AgentError(f"VM {vm.name} is not running anywhere")
         with ExitStack() as undo:
-            undo.enter_context(self._reserved(vm.name))
+            self._reserve(vm.name)
+            undo.callback(self.busy.discard, vm.name)
             if vm.name in self.machines:
                 raise AgentError(f"VM {vm.name} is here already")
             machine = Machine.build(self.site, vm, request.announce, request.schedule_ms)
@@ -121,6 +127,8 @@ class Agent:
     def _migrate(self, request: control.Migrate, notify: control.Notify) -> Outcome:
         with self._reserved(request.vm):
             machine = self._machine(request.vm)
+            if machine.owner_unknown:
+                raise AgentError(f"VM {request.vm} is suspended on {self.name}: it could not be learned who owns it")
             cancel = self.leaving[request.migration] = threading.Event()
             try:
                 with self._connect(request.ip, request.port) as stream:
@@ -153,12 +161,15 @@ class Agent:
     def _abandon(self, request: control.Abandon) -> dict[str, Any]:
         with self.lock:
             incoming = self.arriving.pop(request.migration, None)
+            ended = self.receiving.get(request.migration)
         if incoming is not None:
             self._discard(incoming)
+        elif ended is not None and not ended.wait(_DISCARDED_WITHIN_S):  # so that a retry finds nothing in its way
+            raise AgentError(f"migration {request.migration!r} has not ended on {self.name} yet")
         return {"abandoned": incoming is not None}
 
     def _status(self) -> dict[str, Any]:
-        vms = {name: machine.generation for name, machine in self.machines.items()}
+        vms = {name: machine.generation for name, machine in dict(self.machines).items()}
         return {"host": self.name, "vms": vms, "memory_bytes": own_memory_bytes()}
 
     # ------------------------------------------------------------ the vMotion port
@@ -166,7 +177,12 @@ class Agent:
     def accept_migrations(self, listener: socket.socket) -> None:
         """Every caller gets a thread; only one that shows the token of a preparation gets further."""
         while True:
-            sock, (ip, _) = listener.accept()
+            try:
+                sock, (ip, _) = listener.accept()
+            except OSError as error:  # no descriptor, no memory: this caller is lost, the port is not
+                self.log(f"vMotion port: {error}")
+                time.sleep(0.1)
+                continue
             threading.Thread(target=self._incoming, args=(sock, ip), name="vmotion", daemon=True).start()
 
     def _incoming(self, sock: socket.socket, ip: str) -> None:
@@ -181,22 +197,30 @@ class Agent:
                 if incoming is None or not hmac.compare_digest(incoming.token.encode(), hello.token.encode()):
                     raise AgentError(f"no migration {hello.migration!r} is prepared for this caller")
                 del self.arriving[hello.migration]
+                ended = self.receiving[hello.migration] = threading.Event()
         except TestbedError as error:
             self.log(f"vMotion caller {ip} refused: {error}")
             stream.abort("refused")
             return
         try:
+            self._take_in(incoming, stream, hello)
+        finally:
+            del self.receiving[hello.migration]
+            ended.set()
+
+    def _take_in(self, incoming: IncomingMigration, stream: Stream, hello: Hello) -> None:
+        try:
             incoming.run(stream, hello)
         except TestbedError as error:
             self.log(str(error))
+        except Exception:  # a bug of ours must not leave half a VM here
+            self.log(traceback.format_exc())
+        if incoming.machine.generation == 0:  # it never came to the point of no return
             self._discard(incoming)
-        except Exception:  # a bug of ours must not leave half a VM here; its trace goes to the log
-            self._discard(incoming)
-            raise
-        else:
-            with self.lock:
-                self.machines[incoming.machine.vm.name] = incoming.machine
-                self.busy.discard(incoming.machine.vm.name)
+            return
+        with self.lock:  # ours now, whatever happened since the claim
+            self.machines[incoming.machine.vm.name] = incoming.machine
+            self.busy.discard(incoming.machine.vm.name)
 
     def _discard(self, incoming: IncomingMigration) -> None:
         try:
@@ -210,14 +234,17 @@ class Agent:
     @contextmanager
     def _reserved(self, vm: str) -> Iterator[None]:
         """One thing at a time happens to a VM."""
-        with self.lock:
-            if vm in self.busy:
-                raise AgentError(f"VM {vm} is busy on {self.name}: starting, stopping or migrating")
-            self.busy.add(vm)
+        self._reserve(vm)
         try:
             yield
         finally:
             self.busy.discard(vm)
+
+    def _reserve(self, vm: str) -> None:
+        with self.lock:
+            if vm in self.busy:
+                raise AgentError(f"VM {vm} is busy on {self.name}: starting, stopping or migrating")
+            self.busy.add(vm)
 
     def _machine(self, vm: str) -> Machine:
         if vm not in self.machines:
@@ -251,7 +278,6 @@ def main() -> int:
     site = Site(
         host=host,
         datastore=LocalDatastore(Path(options.datastore)),
-        netlink=IPRoute(),
         events=EventLog(options.events, host.name),
         logs=Path(options.logs),
     )

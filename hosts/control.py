@@ -165,6 +165,9 @@ class _Connection(socketserver.BaseRequestHandler):
                 sock.settimeout(None)
                 with sock.makefile("rb") as lines:
                     while line := lines.readline(_MAX_LINE_BYTES):
+                        if not line.endswith(b"\n"):  # its end is not a request of its own
+                            self._say(sock, Refusal(f"a request has at most {_MAX_LINE_BYTES} bytes"))
+                            return
                         self._say(sock, self._answer(sock, line))
         except (OSError, EOFError) as error:  # a refused certificate, a caller that went away
             self.server.log(f"{self.client_address}: {error}")
@@ -178,7 +181,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
         try:
             return Reply(self.server.handler(_requests.decode(line), notify))
-        except (TestbedError, msgspec.MsgspecError) as error:
+        except (TestbedError, ValueError, RecursionError) as error:  # the latter two: no request at all
             return Refusal(str(error))
         except Exception as error:  # a bug in the agent is told to the caller, and its trace kept
             self.server.log(traceback.format_exc())
@@ -205,9 +208,14 @@ class AgentClient:
             raise ControlError(f"host {host}: its agent at {ip} cannot be reached: {error}") from error
         self._socket.settimeout(_ANSWER_TIMEOUT_S)
         self._lines = self._socket.makefile("rb")
+        self.broken = False
 
     def call(self, request: Request, notice: Callable[[Any], None] = lambda content: None) -> Any:
-        """Send a request and return its reply; ControlError if it is refused or the agent is gone."""
+        """Send a request and return its reply; ControlError if it is refused or the agent is gone.
+
+        A call that ends otherwise than by an answer leaves the connection `broken`: what comes next is not ours.
+        """
+        self.broken = True
         try:
             self._socket.sendall(msgspec.json.encode(request) + b"\n")
             while line := self._lines.readline():
@@ -215,8 +223,10 @@ class AgentClient:
                     case Notice(content=content):
                         notice(content)
                     case Reply(content=content):
+                        self.broken = False
                         return content
                     case Refusal(reason=reason):
+                        self.broken = False
                         raise ControlError(f"host {self.host}: {reason}")
         except (OSError, msgspec.MsgspecError) as error:
             raise ControlError(f"host {self.host}: its agent is gone ({error})") from error

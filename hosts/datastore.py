@@ -44,7 +44,10 @@ class Datastore(Protocol):
         """The newest claim; None for a VM that was never powered on."""
 
     def claim(self, vm: str, generation: int, host: str, running: bool = True) -> bool:
-        """Take a generation, which follows the newest one; False if another was faster."""
+        """Take a generation, which follows the newest one; False if another was faster.
+
+        DatastoreError if it cannot be told, also because the generation before it is not there.
+        """
 
 
 class LocalDatastore:
@@ -63,8 +66,12 @@ class LocalDatastore:
         draft = home / f".draft-{vm}.{claim.nonce}"
         try:
             home.mkdir(exist_ok=True)
-            if generation != max(self._generations(vm), default=0) + 1:
+            newest = max(self._generations(vm), default=0)
+            if newest >= generation:
                 return False
+            if newest < generation - 1:
+                gone = f"generation {generation - 1} is gone from the datastore"
+                raise DatastoreError(f"VM {vm}: {gone}; it must not be emptied under a running VM")
             try:
                 draft.write_bytes(msgspec.json.encode(claim))
                 os.link(draft, self._path(vm, generation))

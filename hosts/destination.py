@@ -53,7 +53,7 @@ class IncomingMigration:
             state = self.receive(stream)
             self.restore(state)
             self.claim(stream)
-        except TestbedError as error:
+        except (TestbedError, OSError) as error:
             if isinstance(error, StreamLost | PeerAborted | ProtocolError) and stream.session.may("lost"):
                 stream.session.step("lost")
             else:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from hosts import channel
 from hosts.ram import DirtyBitmap, Ram, open_bitmap
 from hosts.urgency import hurry, relax
@@ -80,7 +82,7 @@ class LightGuest(Guest):
     """hosts/light_guest.py in a process and a network namespace of its own."""
 
     def __init__(self, vm: VM, log: Path) -> None:
-        self.vm = vm
+        self.vm, self._log = vm, log
         self.ram = Ram.create(vm.name, vm.ram)
         self._channel, theirs = socket.socketpair()
         # the new mount namespace is for /sys, which shows the network namespace it is mounted in
@@ -156,7 +158,7 @@ class LightGuest(Guest):
     def _answer(self, expected: type[_Reply]) -> _Reply:
         try:
             reply = channel.receive(self._channel)
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, msgspec.MsgspecError) as error:
             raise self._gone(error) from error
         if isinstance(reply, channel.Failed):
             raise GuestError(f"VM {self.vm.name}: {reply.reason}")
@@ -167,4 +169,4 @@ class LightGuest(Guest):
     def _gone(self, error: Exception) -> GuestError:
         status = self._process.poll()
         how = f"ended with status {status}" if status is not None else f"does not answer ({error})"
-        return GuestError(f"VM {self.vm.name}: its guest process {self.pid} {how}; see logs/{self.vm.name}.log")
+        return GuestError(f"VM {self.vm.name}: its guest process {self.pid} {how}; see {self._log}")

@@ -1,10 +1,9 @@
 """A VM on this host, put together and taken apart: guest, port on a vSwitch, announcement, generation."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from pyroute2 import IPRoute
 
 from hosts.announce import Announcer
 from hosts.datastore import Datastore
@@ -16,11 +15,10 @@ from topologies.plan import VM, Host
 
 @dataclass(frozen=True)
 class Site:
-    """What every VM of one host shares: the host's plan, its datastore, its netlink socket, events and logs."""
+    """What every VM of one host shares: the host's plan, its datastore, events and logs."""
 
     host: Host
     datastore: Datastore
-    netlink: IPRoute
     events: EventLog
     logs: Path
 
@@ -36,6 +34,7 @@ class Machine:
     announcer: Announcer
     vswitch: str
     generation: int = 0
+    owner_unknown: bool = False  # suspended after a hand-over, and the datastore did not answer
 
     @classmethod
     def build(cls, site: Site, vm: VM, mode: str, schedule_ms: tuple[int, ...]) -> "Machine":
@@ -45,7 +44,7 @@ class Machine:
         try:
             guest = LightGuest(vm, site.logs / f"{vm.name}@{site.host.name}.log")
             try:
-                port = VmPort(site.netlink, vswitch, vm, guest.pid)
+                port = VmPort(vswitch, vm, guest.pid)
                 announcer.prepare(vswitch)
             except BaseException:
                 guest.power_off()
@@ -59,8 +58,9 @@ class Machine:
         return self.site.events.emit(kind, vm=self.vm.name, **fields)
 
     def dismantle(self) -> None:
-        """Take it apart, whatever state it is in; its connections end without a word (the port goes first)."""
-        self.announcer.close()
-        self.port.remove()
-        self.guest.power_off()
+        """Take it apart, whatever state it is in; its port goes before its guest, so its connections end in silence."""
+        with ExitStack() as steps:  # in the reverse order, and each whatever becomes of the others
+            steps.callback(self.guest.power_off)
+            steps.callback(self.port.remove)
+            steps.callback(self.announcer.close)
         self.generation = 0

@@ -265,8 +265,10 @@ class SoftDirtyBitmap(DirtyBitmap):
     def take(self) -> np.ndarray:
         os.kill(self._pid, signal.SIGSTOP)
         try:
-            while Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            while (state := Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[0]) not in "TtZX":
                 os.sched_yield()
+            if state in "ZX":
+                raise TestbedError(f"the guest process {self._pid} has ended")
             dirty = self.peek()
             self.clear()
         finally:

@@ -4,8 +4,9 @@
     sock  = restore(state)             # elsewhere, same address: still frozen
     release(sock, state)               # alive: the kernel probes the peer's window, the rest of the queue goes out
 
-Between checkpoint and release no frame for the connection may reach either kernel, or it answers
-RST: the VM's port has to be dark. Only ESTABLISHED connections are carried.
+Between checkpoint and restore no frame for the connection may reach either kernel, or it answers RST:
+the VM's port has to be dark. Release wants it open, for what leaves then. Only ESTABLISHED connections
+are carried.
 """
 
 import array
@@ -83,6 +84,14 @@ def checkpoint(sock: socket.socket) -> TcpState | None:
     if info[0] != _ESTABLISHED:
         return None
     sock.setsockopt(_TCP, _TCP_REPAIR, 1)
+    try:
+        return _read(sock, info)
+    except BaseException:
+        sock.setsockopt(_TCP, _TCP_REPAIR, 0)
+        raise
+
+
+def _read(sock: socket.socket, info: bytes) -> TcpState:
     recv_seq, recv_queue = _queue(sock, _RECV_QUEUE, _ioctl(sock, termios.FIONREAD))
     send_seq, send_queue = _queue(sock, _SEND_QUEUE, _ioctl(sock, termios.TIOCOUTQ))
     return TcpState(
@@ -158,6 +167,13 @@ def release(sock: socket.socket, state: TcpState | None = None) -> None:
     # sizes back to where they were, and autotuning with them, or buffers grow with every migration
     sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, state.sndbuf // 2)  # the kernel doubles what it is told
     sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, state.buf_lock)
+
+
+def probe(sock: socket.socket) -> None:
+    """Ask the peer what it has, if it owes an acknowledgement: its answer stands for all that were lost."""
+    if _ioctl(sock, termios.TIOCOUTQ):
+        sock.setsockopt(_TCP, _TCP_REPAIR, 1)
+        sock.setsockopt(_TCP, _TCP_REPAIR, 0)  # sends a window probe
 
 
 def _negotiated(state: TcpState) -> bytes:

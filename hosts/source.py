@@ -17,9 +17,9 @@ import numpy as np
 from hosts.datastore import DatastoreError
 from hosts.machine import Machine
 from hosts.policy import Action, Decision, Policy, Round, decide
-from hosts.protocol import MAJOR, MINOR, Hello, Kind, ProtocolError, Resumed, State, negotiate
+from hosts.protocol import MAJOR, MINOR, Hello, Kind, Resumed, State, negotiate
 from hosts.ram import PAGE, PageHashes, count
-from hosts.stream import PeerAborted, Stream, StreamLost
+from hosts.stream import Stream, StreamLost
 from hosts.urgency import hurried
 from topologies.errors import TestbedError
 
@@ -56,7 +56,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class OutgoingMigration:
-    """Moves `machine` over `stream`. `cancelled()` is asked after every round; `report` hears of each."""
+    """Moves `machine` over `stream`. `cancelled()` is asked until the switchover; `report` hears of each."""
 
     def __init__(
         self,
@@ -77,11 +77,14 @@ class OutgoingMigration:
         self.digest = ""
 
     def run(self, token: str) -> Outcome:
-        """MigrationFailed if the VM stays here (it runs again by then)."""
+        """MigrationFailed if the VM stays here (it runs again by then).
+
+        Whatever the error, a bug of ours or a full disk included, the VM must run somewhere in the end.
+        """
         try:
             self.greet(token)
             self.precopy()
-        except TestbedError as error:
+        except Exception as error:
             self._give_up(error)
             raise MigrationFailed(f"VM {self.machine.vm.name} stays on {self._here}: {error}") from error
         try:
@@ -90,7 +93,7 @@ class OutgoingMigration:
                 self.residual()
                 self.hand_over()
                 resumed: Resumed = self.stream.expect(Kind.RESUMED)
-        except TestbedError as error:
+        except Exception as error:
             self._settle(error)
             resumed = Resumed(self.machine.generation + 1, "")
         return self.conclude(resumed)
@@ -103,15 +106,17 @@ class OutgoingMigration:
         negotiate(welcome.major, welcome.minor)
 
     def precopy(self) -> None:
-        started = time.monotonic()
+        self.started = time.monotonic()
         self.bitmap.begin(self.hashes)  # from here on, every write is a page to send again
         dirty = self.ram.populated()
         while True:
             self._round(dirty)
-            self.decision = decide(self.policy, self.rounds, time.monotonic() - started)
+            self.decision = decide(self.policy, self.rounds, time.monotonic() - self.started)
             number, predicted_ms = len(self.rounds), self.decision.predicted_downtime_ms
             pages = count(dirty)
             self.report(Progress(number, pages, pages, self.rounds[-1], predicted_ms, self.decision.action.value))
+            if self.cancelled():
+                raise MigrationFailed("cancelled")
             if self.decision.action is Action.SWITCH:
                 return
             if self.decision.action is Action.GIVE_UP:
@@ -130,6 +135,8 @@ class OutgoingMigration:
             nonlocal told
             if self.cancelled():
                 raise MigrationFailed("cancelled")
+            if time.monotonic() - self.started > self.policy.timeout_s:
+                raise MigrationFailed(f"round {number} did not end within the time-out of {self.policy.timeout_s:g} s")
             if time.monotonic() - told >= _TELL_EVERY_S:
                 told = time.monotonic()
                 self.report(Progress(number, total, done))
@@ -185,42 +192,47 @@ class OutgoingMigration:
 
     # ------------------------------------------------------------ failure
 
-    def _give_up(self, error: TestbedError) -> None:
+    def _give_up(self, error: Exception) -> None:
         if isinstance(error, StreamLost) and self.stream.session.may("lost"):
             self.stream.session.step("lost")
         else:
             self.stream.abort(str(error))
         self._emit("migration.aborted", reason=str(error))
 
-    def _settle(self, error: TestbedError) -> None:
+    def _settle(self, error: Exception) -> None:
         """After the suspend. Returns if the destination owns the VM; else resumes it here and raises."""
-        generation = self.machine.generation
-        if isinstance(error, StreamLost | ProtocolError) and self.stream.session.may("lost"):
-            self.stream.session.step("lost")
-        elif not isinstance(error, PeerAborted):
-            self.stream.abort(str(error))
-        if self.stream.session.state == "uncertain":
+        session, machine = self.stream.session, self.machine
+        if session.state == "suspended":
+            self._give_up(error)
+        elif session.state == "handed_over":
+            session.step("lost")  # whatever happened: only its ABORT says that the destination has not claimed
             if not self._claim_back():
-                self.stream.session.step("claim lost")
-                self._emit("migration.settled", owner="destination")
+                session.step("claim lost")
+                self._emit("migration.settled", owner="destination", reason=str(error))
                 return
-            self.stream.session.step("claim")
-            self.machine.generation = generation = generation + 1
-        self.machine.port.open()
-        self.machine.guest.run()
-        self._emit("vm.resumed_at_source", generation=generation)
-        self._emit("migration.aborted", reason=str(error))
-        raise MigrationFailed(f"VM {self.machine.vm.name} runs again on {self._here}: {error}") from error
+            session.step("claim")
+            machine.generation += 1
+        elif session.state == "done":  # it said RESUMED, and something of ours went wrong behind it
+            return
+        machine.port.open()
+        machine.guest.run()
+        self._emit("vm.resumed_at_source", generation=machine.generation)
+        raise MigrationFailed(f"VM {machine.vm.name} runs again on {self._here}: {error}") from error
 
     def _claim_back(self) -> bool:
         """Take the next generation ourselves: if that succeeds the destination never can. Suspended until then."""
-        datastore, vm = self.machine.site.datastore, self.machine.vm.name
+        datastore, vm, generation = self.machine.site.datastore, self.machine.vm.name, self.machine.generation + 1
         deadline = time.monotonic() + _ASK_FOR_S
         while True:
             try:
-                return datastore.claim(vm, self.machine.generation + 1, self._here)
+                if datastore.claim(vm, generation, self._here):
+                    return True
+                # an earlier try of ours may have succeeded without an answer
+                newest = datastore.newest(vm)
+                return newest is not None and (newest.generation, newest.host) == (generation, self._here)
             except DatastoreError as error:
                 if time.monotonic() > deadline:
+                    self.machine.owner_unknown = True
                     raise MigrationFailed(
                         f"VM {vm} stays suspended on {self._here}, its owner is unknown: {error}"
                     ) from error

@@ -58,10 +58,11 @@ class Stream:
     def receive(self) -> tuple[Header, Any]:
         """The next message and its decoded body; for PAGES and ZERO the caller fetches the body."""
         header = parse_header(self._exactly(HEADER.size))
-        self.session.received(header)
-        if header.kind in (Kind.PAGES, Kind.ZERO):
+        if header.kind in (Kind.PAGES, Kind.ZERO) or not self.session.may(f"receive {header.kind.name}"):
+            self.session.received(header)  # which refuses what is not allowed, before its body is read
             return header, None
         body = parse_body(header.kind, self._exactly(header.length))
+        self.session.received(header)  # half a message is none: RESUMED and STATE decide who runs the VM
         if isinstance(body, Abort):
             raise PeerAborted(body.reason)
         return header, body

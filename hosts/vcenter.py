@@ -58,7 +58,9 @@ class VCenter:
         self._agents: dict[str, AgentClient] = {}
 
     def agent(self, host: str) -> AgentClient:
-        """The connection to a host's agent, made at first use."""
+        """The connection to a host's agent, made at first use, and again after it broke."""
+        if host in self._agents and self._agents[host].broken:
+            self._agents.pop(host).close()
         if host not in self._agents:
             self._agents[host] = AgentClient(host, self.plan.host(host).management, self._certificates)
         return self._agents[host]
@@ -77,6 +79,7 @@ class VCenter:
     ) -> Result:
         """Move a running VM; MigrationFailed if it stays where it is."""
         source = self._place(vm)
+        self.plan.host(to)
         if to == source:
             raise UsageError(f"VM {vm} is on {to} already; name another host")
         spec, migration = self.plan.vm(vm), f"{vm}-{secrets.token_hex(4)}"
@@ -86,7 +89,7 @@ class VCenter:
             try:
                 order = control.Migrate(vm, migration, ready["ip"], ready["port"], ready["token"], policy or Policy())
                 reply = self.agent(source).call(order, lambda note: progress(msgspec.convert(note, Progress)))
-            except ControlError:
+            except BaseException:
                 self._abandon(to, migration)
                 raise
         except ControlError as error:

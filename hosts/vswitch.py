@@ -12,22 +12,25 @@ the port out of the bridge waits for an RCU grace period (13-17 ms on two busy C
 downtime), and with its link down the guest's stack would back off for seconds. Of the dark states
 "disabled" and "blocking" do not last: without STP the bridge turns them into "forwarding" by itself.
 
-Like ESXi's, this vSwitch does not learn the MACs of its own VMs from traffic: it knows them from the
-moment a port exists, dark or open.
+Like ESXi's, this vSwitch does not learn the MACs of its own VMs from traffic: it knows them as long as
+their ports are open. A VM whose port is dark is elsewhere, and its frames leave by the uplink.
 """
 
+import errno
 import os
 import socket
 import struct
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from pyroute2 import IPRoute
-from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST
+from pyroute2.netlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST
 from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.rtnl import RTM_SETLINK
+from pyroute2.netlink.rtnl import RTM_DELNEIGH, RTM_NEWNEIGH, RTM_SETLINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.ndmsg import ndmsg
 
 from topologies.devices import RPS_CPUS, SYSCTLS, rps_file
 from topologies.errors import TestbedError
@@ -50,82 +53,122 @@ class VSwitchError(TestbedError):
 class VmPort:
     """The port of one VM on a vSwitch of this host: a veth pair into the VM's namespace. Starts dark."""
 
-    def __init__(self, netlink: IPRoute, vswitch: str, vm: VM, pid: int) -> None:
+    def __init__(self, vswitch: str, vm: VM, pid: int) -> None:
         self.vm, self.state = vm, "dark"
         self.name = f"{vm.name}.{_VM_DEVICE}"
-        self._netlink = netlink
+        self._gate: _Gate | None = None  # once there is something of ours to take away
         try:
-            (bridge,) = netlink.link_lookup(ifname=vswitch)
-            peer = {"ifname": _VM_DEVICE, "address": vm.mac, "net_ns_pid": pid}
-            netlink.link("add", ifname=self.name, kind="veth", peer=peer)
-            (self._index,) = netlink.link_lookup(ifname=self.name)
-            _in_namespace(pid, ["sysctl", "-q", "-w", *_VM_SYSCTLS])
-            _in_namespace(pid, ["ip", "-batch", "-"], f"link set lo up\nlink set {_VM_DEVICE} up\n")
-            netlink.link("set", index=self._index, state="up")
-            self._gate = _Gate(vm.name, self._index)
-            # without an address the namespace says nothing and answers nothing: it gets one when its port is dark
-            netlink.link("set", index=self._index, master=bridge)
-            self._darken()
-            netlink.fdb("add", ifindex=self._index, lladdr=vm.mac, state=_NUD_NOARP, flags=_NTF_MASTER)
-        except (NetlinkError, ValueError) as error:
+            with IPRoute() as netlink:
+                self._build(netlink, vswitch, pid)
+        except (NetlinkError, ValueError, OSError) as error:
+            self.remove()
             raise VSwitchError(f"VM {vm.name}: no port on {vswitch}: {error}") from error
-        _in_namespace(pid, ["ip", "addr", "add", vm.ip, "dev", _VM_DEVICE])
+        except VSwitchError:
+            self.remove()
+            raise
+
+    def _build(self, netlink: IPRoute, vswitch: str, pid: int) -> None:
+        (bridge,) = netlink.link_lookup(ifname=vswitch)
+        peer = {"ifname": _VM_DEVICE, "address": self.vm.mac, "net_ns_pid": pid}
+        netlink.link("add", ifname=self.name, kind="veth", peer=peer)
+        (index,) = netlink.link_lookup(ifname=self.name)
+        self._gate = gate = _Gate(self.vm, index)
+        _in_namespace(pid, ["sysctl", "-q", "-w", *_VM_SYSCTLS])
+        _in_namespace(pid, ["ip", "-batch", "-"], f"link set lo up\nlink set {_VM_DEVICE} up\n")
+        netlink.link("set", index=index, state="up")
+        # without an address the namespace says nothing and answers nothing: it gets one when its port is dark
+        netlink.link("set", index=index, master=bridge)
+        gate.darken_at_first()
+        _in_namespace(pid, ["ip", "addr", "add", self.vm.ip, "dev", _VM_DEVICE])
         for file in (rps_file(self.name), rps_file(_VM_DEVICE, f"/proc/{pid}/root/sys")):
             Path(file).write_text(RPS_CPUS)
 
     def open(self) -> None:
         """dark -> open. All that the VM needs of the network has to be in place."""
-        self._gate.set(_FORWARDING)
+        self._built.open()
         self.state = "open"
 
     def shut(self) -> None:
         """open -> dark."""
-        self._gate.set(_LISTENING)
+        self._built.shut()
         self.state = "dark"
 
     def remove(self) -> None:
         """Take the port away, as far as the end of the VM's namespace has not done so already."""
+        if self._gate is None:
+            return
         self._gate.close()
-        if self._netlink.link_lookup(ifname=self.name):
-            self._netlink.link("del", index=self._index)
+        with IPRoute() as netlink:
+            try:
+                netlink.link("del", index=self._gate.index)
+            except NetlinkError as error:
+                if error.code != errno.ENODEV:
+                    raise VSwitchError(f"VM {self.vm.name}: port {self.name} stays: {error}") from error
 
-    def _darken(self) -> None:
+    @property
+    def _built(self) -> "_Gate":
+        if self._gate is None:
+            raise VSwitchError(f"VM {self.vm.name}: port {self.name} was never built")
+        return self._gate
+
+
+class _Gate:
+    """Opens and shuts a bridge port. The messages are made beforehand: opening and shutting are in every downtime."""
+
+    def __init__(self, vm: VM, index: int) -> None:
+        self.index, self._vm = index, vm.name
+        self._listening, self._forwarding = self._state(_LISTENING), self._state(_FORWARDING)
+        self._known = self._entry(vm.mac, RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE)
+        self._forgotten = self._entry(vm.mac, RTM_DELNEIGH, 0)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+
+    def open(self) -> None:
+        self._do(self._forwarding)
+        self._do(self._known)
+
+    def shut(self) -> None:
+        self._do(self._listening)
+        self._do(self._forgotten, unless=errno.ENOENT)
+
+    def darken_at_first(self) -> None:
         """A new link's carrier is reported with a delay, and until then the bridge refuses to set its state."""
         deadline = time.monotonic() + _CARRIER_WITHIN_S
         while True:
             try:
-                return self._gate.set(_LISTENING)
+                return self._do(self._listening)
             except VSwitchError:
                 if time.monotonic() > deadline:
                     raise
             time.sleep(0.005)
 
-
-class _Gate:
-    """Sets a bridge port's state. The messages are made beforehand: each of the two is in every downtime."""
-
-    def __init__(self, vm: str, index: int) -> None:
-        self._vm = vm
-        self._messages = {state: self._message(index, state) for state in (_LISTENING, _FORWARDING)}
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-
-    @staticmethod
-    def _message(index: int, state: int) -> bytes:
-        message = ifinfmsg()
-        message["header"] = {"type": RTM_SETLINK, "flags": NLM_F_REQUEST | NLM_F_ACK, "sequence_number": 1}
-        message["family"], message["index"] = socket.AF_BRIDGE, index
-        message["attrs"] = [("IFLA_PROTINFO", {"attrs": [("IFLA_BRPORT_STATE", state)]}, _NLA_F_NESTED)]
-        message.encode()
-        return bytes(message.data)
-
-    def set(self, state: int) -> None:
-        self._socket.send(self._messages[state])
-        (code,) = struct.unpack_from("i", self._socket.recv(4096), _NLMSG_HEADER_BYTES)  # struct nlmsgerr
-        if code:
-            raise VSwitchError(f"VM {self._vm}: the state of its port cannot be set: {os.strerror(-code)}")
-
     def close(self) -> None:
         self._socket.close()
+
+    def _state(self, state: int) -> bytes:
+        message = ifinfmsg()
+        message["family"], message["index"] = socket.AF_BRIDGE, self.index
+        message["attrs"] = [("IFLA_PROTINFO", {"attrs": [("IFLA_BRPORT_STATE", state)]}, _NLA_F_NESTED)]
+        return _encoded(message, RTM_SETLINK, 0)
+
+    def _entry(self, mac: str, kind: int, flags: int) -> bytes:
+        message = ndmsg()
+        message["family"], message["ifindex"] = socket.AF_BRIDGE, self.index
+        message["state"], message["flags"] = _NUD_NOARP, _NTF_MASTER
+        message["attrs"] = [("NDA_LLADDR", mac)]
+        return _encoded(message, kind, flags)
+
+    def _do(self, message: bytes, unless: int = 0) -> None:
+        """Let the kernel carry it out; the error `unless` means that it was so before."""
+        self._socket.send(message)
+        (code,) = struct.unpack_from("i", self._socket.recv(4096), _NLMSG_HEADER_BYTES)  # struct nlmsgerr
+        if code and -code != unless:
+            raise VSwitchError(f"VM {self._vm}: its port cannot be changed: {os.strerror(-code)}")
+
+
+def _encoded(message: Any, kind: int, flags: int) -> bytes:
+    message["header"] = {"type": kind, "flags": NLM_F_REQUEST | NLM_F_ACK | flags, "sequence_number": 1}
+    message.encode()
+    return bytes(message.data)
 
 
 def _in_namespace(pid: int, command: list[str], text: str = "") -> None:

@@ -8,6 +8,7 @@ CLOCK_REALTIME; `clock_pair` is recorded at the start and at the end of a run, s
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,7 +32,10 @@ class EventLog:
         """Append an event and return its time; `t` overrides "now" (ns, monotonic)."""
         stamp = time.monotonic_ns() if t is None else t
         record = {"t": stamp, "source": self.source, "kind": kind, **fields}
-        os.write(self._fd, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        try:
+            os.write(self._fd, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        except OSError as error:  # a full disk: a record must not decide about a VM
+            print(f"event lost: {record}: {error}", file=sys.stderr, flush=True)
         return stamp
 
     def close(self) -> None:

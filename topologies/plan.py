@@ -382,9 +382,9 @@ def _check_vms(plan: Plan) -> None:
         if not vm.bulk_rate:
             raise PlanError(f"VM {vm.name!r}: the bulk stream cannot be unshaped; write a rate like 10Mbit")
         if not _PAGE <= vm.working_set <= vm.ram // 2:
-            size = format_size(vm.working_set)
+            size, half = format_size(vm.working_set), format_size(vm.ram // 2)
             raise PlanError(
-                f"VM {vm.name!r}: working set of {size}; it must be a page at least and at most half of its RAM"
+                f"VM {vm.name!r}: working set of {size}; it must be at most half of its RAM, here {half}, and a page at least"
             )
 
 

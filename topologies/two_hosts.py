@@ -119,7 +119,8 @@ class Segment(Switch):
         sh(self, "ip", "link", "set", self.name, "up")
 
     def stop(self, deleteIntfs: bool = True) -> None:  # noqa: N803  (Mininet's name)
-        sh(self, "ip", "link", "del", self.name)
+        if self.name in self.cmd("ip -brief link show dev", self.name):  # not if the start was interrupted
+            sh(self, "ip", "link", "del", self.name)
         super().stop(deleteIntfs)
 
     def connected(self) -> bool:

@@ -2,13 +2,15 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from programs import ROOT
+from programs import ROOT, eventually
 
 from experiments.world import open_vswitch
+from topologies.events import find, read_events
 from topologies.plan import DEFAULT_PLAN
 
 TOPOLOGY = ROOT / "topologies/two_hosts.py"
@@ -20,9 +22,9 @@ def switch_daemons(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-def mn(folder: Path, typed: str, topo: str = "vmotion") -> tuple[int, str]:
+def mn(folder: Path, typed: str, topo: str = "vmotion", controller: str = "none") -> tuple[int, str]:
     """Debian's mn with its own Python, as a person calls it: nothing of this project on its path."""
-    words = ["mn", "--custom", os.path.relpath(TOPOLOGY, folder), "--topo", topo, "--controller", "none"]
+    words = ["mn", "--custom", os.path.relpath(TOPOLOGY, folder), "--topo", topo, "--controller", controller]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         words, cwd=folder, env=environment, input=typed, capture_output=True, text=True, timeout=120, check=False
@@ -45,3 +47,29 @@ def test_mn_says_in_one_line_what_is_wrong_with_a_plan_and_kills_nobody(tmp_path
     assert status == 2
     assert "different subnets" in said
     assert "Cleanup" not in said and "Traceback" not in said
+
+
+def test_mn_builds_the_network_of_another_plan(tmp_path: Path) -> None:
+    plan = DEFAULT_PLAN.read_text().replace("esx2", "lab2").replace("50.50.50.", "172.16.9.").replace('"c1"', '"pc"')
+    (tmp_path / "plan.toml").write_text(plan)
+    status, said = mn(
+        tmp_path, "esx1 ping -c1 172.16.9.2\nlab2 ping -c1 10.0.99.11\npc hostname -I\n", "vmotion,plan.toml"
+    )
+    assert status == 0
+    assert said.count("1 packets transmitted, 1 received") == 2
+    assert "10.0.0.100" in said
+
+
+def test_mn_with_our_controller_beside_it_forwards_on_the_vm_network(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    words = [sys.executable, "-m", "controller.app", "--port", "0", "--events", str(events)]
+    with subprocess.Popen(words, cwd=ROOT) as controller:
+        eventually(lambda: events.exists() and bool(find(read_events(events), "controller.listening")), "controller")
+        (listening,) = find(read_events(events), "controller.listening")
+        typed = "esx1 ip addr add 10.0.0.1/24 dev vSwitch0\nesx2 ip addr add 10.0.0.2/24 dev vSwitch0\n"
+        typed += "c1 ping -c1 -w10 10.0.0.1\nesx1 ping -c1 -w10 10.0.0.2\n"
+        status, said = mn(ROOT, typed, controller=f"remote,ip=127.0.0.1,port={listening['port']}")
+        controller.terminate()
+    assert status == 0
+    assert said.count(" 1 received") == 2
+    assert find(read_events(events), "switch.connected")

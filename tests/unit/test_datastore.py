@@ -69,7 +69,11 @@ def test_only_the_generation_after_the_newest_can_be_claimed(tmp_path: Path, gen
     datastore = LocalDatastore(tmp_path)
     for taken in (1, 2, 3):
         assert datastore.claim(VM, taken, "esx1")
-    assert not datastore.claim(VM, generation, "esx2")
+    if generation > 4:  # what came before it is gone: nobody can tell who owns the VM
+        with pytest.raises(DatastoreError, match=f"generation {generation - 1} is gone"):
+            datastore.claim(VM, generation, "esx2")
+    else:
+        assert not datastore.claim(VM, generation, "esx2")
     assert newest(tmp_path).generation == 3
     assert datastore.claim(VM, 4, "esx2")
 
@@ -88,7 +92,11 @@ def test_each_vm_counts_its_own_generations(
     datastore = LocalDatastore(folder)
     last: Counter[str] = Counter()
     for vm, generation in attempts:
-        assert datastore.claim(vm, generation, "esx1") == (generation == last[vm] + 1)
+        if generation > last[vm] + 1:
+            with pytest.raises(DatastoreError):
+                datastore.claim(vm, generation, "esx1")
+        else:
+            assert datastore.claim(vm, generation, "esx1") == (generation == last[vm] + 1)
         last[vm] = max(last[vm], generation) if generation == last[vm] + 1 else last[vm]
     for vm, generation in last.items():
         owner = datastore.newest(vm)
