@@ -1,7 +1,11 @@
 """Network namespaces for live tests, made as Mininet makes its nodes."""
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from pyroute2 import netns
 
 from experiments.world import run
 
@@ -30,3 +34,15 @@ class Node:
         """Give the namespace back; the kernel removes its interfaces with it."""
         self._holder.kill()
         self._holder.communicate()
+
+
+@contextmanager
+def inside(pid: int) -> Iterator[None]:
+    """This thread is in a process's network namespace: the sockets that it makes belong there."""
+    with open(f"/proc/{pid}/ns/net") as there:
+        netns.pushns()
+        try:
+            netns.setns(there.fileno())
+            yield
+        finally:
+            netns.popns()

@@ -383,9 +383,8 @@ def _check_vms(plan: Plan) -> None:
             raise PlanError(f"VM {vm.name!r}: the bulk stream cannot be unshaped; write a rate like 10Mbit")
         if not _PAGE <= vm.working_set <= vm.ram // 2:
             size, half = format_size(vm.working_set), format_size(vm.ram // 2)
-            raise PlanError(
-                f"VM {vm.name!r}: working set of {size}; it must be at most half of its RAM, here {half}, and a page at least"
-            )
+            limits = f"it must be at most half of its RAM, here {half}, and a page at least"
+            raise PlanError(f"VM {vm.name!r}: working set of {size}; {limits}")
 
 
 _CHECKS = (_check_names, _check_addresses, _check_vm_network, _check_unique, _check_hosts, _check_vmotion, _check_vms)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from namespaces import inside
 from programs import eventually
-from pyroute2 import netns
 
 from experiments.probes import Probes
 from experiments.run import Options, Run
@@ -89,18 +89,6 @@ def events(testbed: Testbed, kind: str) -> list[Event]:
 def agent(testbed: Testbed, host: str) -> AgentClient:
     """Another connection of the manager to an agent."""
     return AgentClient(host, management(testbed, host), PRIVATE)
-
-
-@contextmanager
-def inside(testbed: Testbed, node: str) -> Iterator[None]:
-    """This thread is in the node's network namespace: the sockets that it makes belong there."""
-    with open(f"/proc/{testbed.net[node].pid}/ns/net") as there:
-        netns.pushns()
-        try:
-            netns.setns(there.fileno())
-            yield
-        finally:
-            netns.popns()
 
 
 @contextmanager
@@ -320,7 +308,7 @@ class Stranger:
     def __init__(self, testbed: Testbed, host: str) -> None:
         (other,) = set(HOSTS) - {host}
         address = testbed.run.plan.host(host).vmotion_port.ip, protocol.PORT
-        with inside(testbed, other):
+        with inside(testbed.net[other].pid):
             self._socket = socket.create_connection(address, PATIENCE_S)
 
     def says(self, data: bytes) -> "Stranger":

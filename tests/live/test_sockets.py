@@ -18,9 +18,8 @@ from select import select
 
 import msgspec
 import pytest
-from namespaces import Node
+from namespaces import Node, inside
 from programs import eventually
-from pyroute2 import netns
 
 from experiments.world import run
 from hosts.bulk import pattern
@@ -36,18 +35,6 @@ LISTENING, FORWARDING = "1", "3"  # linux/if_bridge.h, BR_STATE_*
 SO_BUF_LOCK, SIOCOUTQNSD, TCP_USER_TIMEOUT = 72, 0x894B, 18  # asm-generic/socket.h, linux/sockios.h, linux/tcp.h
 CHUNK = 1 << 16
 SOL, TCP = socket.SOL_SOCKET, socket.IPPROTO_TCP
-
-
-@contextmanager
-def inside(node: Node) -> Iterator[None]:
-    """This thread is in the node's network namespace: the sockets that it makes belong there."""
-    with open(f"/proc/{node.pid}/ns/net") as there:
-        netns.pushns()
-        try:
-            netns.setns(there.fileno())
-            yield
-        finally:
-            netns.popns()
 
 
 # ---------------------------------------------------------------- the network
@@ -67,7 +54,7 @@ class Host(Node):
         eventually(lambda: "state forwarding" in run("bridge", "link", "show", "dev", name), "carrier")
         self.gate(LISTENING)
         self.run("ip", "addr", "add", f"{VM_IP}/24", "dev", "eth0")
-        with inside(self):
+        with inside(self.pid):
             self.listener = socket.create_server((VM_IP, PORT))
             self.listener.settimeout(PATIENCE_S)
 
@@ -102,7 +89,7 @@ class Network:
 
     def connect(self) -> tuple[socket.socket, socket.socket]:
         """A connection to the VM's listener: the client's end and the VM's."""
-        with inside(self.client):
+        with inside(self.client.pid):
             client = socket.create_connection((VM_IP, PORT), PATIENCE_S)
         vm, _ = self.here.listener.accept()
         client.setblocking(False)
@@ -122,7 +109,7 @@ class Network:
     def arrive(self, states: list[TcpState]) -> list[socket.socket]:
         """The second half of `move`."""
         sent = msgspec.msgpack.encode(states)
-        with inside(self.here):
+        with inside(self.here.pid):
             arrived = [restore(state) for state in msgspec.msgpack.decode(sent, type=list[TcpState])]
         self._sockets += arrived
         self.let_in()
@@ -383,10 +370,10 @@ def test_many_connections_move_at_once_beside_the_listener_and_new_ones_are_acce
 
 
 def test_a_connection_that_the_vm_itself_has_opened_moves(network: Network) -> None:
-    with inside(network.client):
+    with inside(network.client.pid):
         listener = socket.create_server((CLIENT_IP, PORT))
     with listener:
-        with inside(network.here):
+        with inside(network.here.pid):
             vm = socket.create_connection((CLIENT_IP, PORT), PATIENCE_S)
         vm.setblocking(False)
         near, far = Talker(vm), Talker(listener.accept()[0])
@@ -404,7 +391,7 @@ def test_sequence_numbers_may_wrap_around_in_the_middle_of_a_queue(network: Netw
     far.socket.close()
     vm, client = numbered(vm, client, 2**32 - 3_000)
     client, vm = numbered(client, vm, 2**32 - 70_000)
-    with inside(network.client):
+    with inside(network.client.pid):
         far.socket = restore(client)
     far.socket.setblocking(False)
     (near.socket,) = network.arrive([vm])
@@ -492,7 +479,7 @@ def test_a_checkpoint_in_vain_of_full_queues_is_undone_in_place(network: Network
 
 def test_only_an_established_connection_is_frozen(network: Network) -> None:
     assert checkpoint(network.here.listener) is None
-    with inside(network.here), socket.socket() as unconnected, socket.socket() as connecting:
+    with inside(network.here.pid), socket.socket() as unconnected, socket.socket() as connecting:
         assert checkpoint(unconnected) is None
         connecting.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -526,7 +513,10 @@ def test_where_the_vm_has_no_address_nothing_is_restored_and_nothing_is_left(net
     state = frozen(near.socket)
     near.socket.close()
     open_files = len(os.listdir("/proc/self/fd"))
-    with inside(network.client), pytest.raises(TestbedError, match=rf"connection .*{VM_IP}.* could not be restored"):
+    with (
+        inside(network.client.pid),
+        pytest.raises(TestbedError, match=rf"connection .*{VM_IP}.* could not be restored"),
+    ):
         restore(state)
     assert len(os.listdir("/proc/self/fd")) == open_files
     (near.socket,) = network.arrive([state])

@@ -10,13 +10,12 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import pytest
 from fakes import BROADCAST, arp, ethernet, rarp
-from namespaces import Node
+from namespaces import Node, inside
 from programs import eventually
-from pyroute2 import netns
 
 from experiments.world import run
 from hosts.vswitch import VmPort, VSwitchError
@@ -28,18 +27,6 @@ NOBODY, MULTICAST = "00:50:56:00:09:99", "01:00:5e:00:00:05"
 VM1 = VM("vm1", "esx1", "10.0.0.11/24", "00:50:56:00:00:01")
 VM2 = VM("vm2", "esx1", "10.0.0.12/24", "00:50:56:00:00:02")
 PATIENCE_S = 20.0
-
-
-@contextmanager
-def inside(node: Node) -> Iterator[None]:
-    """This thread is in the node's network namespace: the sockets that it makes belong there."""
-    with open(f"/proc/{node.pid}/ns/net") as there:
-        netns.pushns()
-        try:
-            netns.setns(there.fileno())
-            yield
-        finally:
-            netns.popns()
 
 
 class Wire:
@@ -78,7 +65,7 @@ class PoweredOn:
     def __init__(self, vm: VM) -> None:
         self.vm, self.node = vm, Node()
         self.port = VmPort("vSwitch0", vm, self.node.pid)
-        with inside(self.node):
+        with inside(self.node.pid):
             self.wire = Wire("eth0")
 
     def udp(self) -> socket.socket:
@@ -107,7 +94,7 @@ class Network:
         self.client.run("ip", "link", "set", "eth0", "up")
         eventually(lambda: state_of("uplink") == "forwarding", "carrier")
         self.host = Wire("vSwitch0")
-        with inside(self.client):
+        with inside(self.client.pid):
             self.wire = Wire("eth0")
         self._vms: list[PoweredOn] = []
 
@@ -145,7 +132,7 @@ def entries(port: str) -> list[str]:
 
 
 def udp(node: Node, ip: str) -> socket.socket:
-    with inside(node):
+    with inside(node.pid):
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind((ip, 9))
     sock.settimeout(PATIENCE_S)
