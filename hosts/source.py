@@ -120,12 +120,15 @@ class OutgoingMigration:
             if self.decision.action is Action.SWITCH:
                 return
             if self.decision.action is Action.GIVE_UP:
-                raise MigrationFailed(
-                    f"does not converge within {self.policy.timeout_s:g} s: the predicted downtime is "
-                    f"{self.decision.predicted_downtime_ms:.0f} ms, the target {self.policy.downtime_ms:g} ms; "
-                    "allow more downtime, or let the guest write less"
+                predicted = (
+                    f"the predicted downtime is {predicted_ms:.0f} ms, the target {self.policy.downtime_ms:g} ms"
                 )
+                raise MigrationFailed(self._too_slow(predicted))
             dirty = self.bitmap.take()
+
+    def _too_slow(self, why: str) -> str:
+        remedy = "allow more time or downtime, or let the guest write less"
+        return f"does not converge within {self.policy.timeout_s:g} s: {why}; {remedy}"
 
     def _round(self, dirty: np.ndarray) -> None:
         number, total, bytes_before = len(self.rounds) + 1, count(dirty), self.stream.bytes_sent
@@ -136,7 +139,7 @@ class OutgoingMigration:
             if self.cancelled():
                 raise MigrationFailed("cancelled")
             if time.monotonic() - self.started > self.policy.timeout_s:
-                raise MigrationFailed(f"round {number} did not end within the time-out of {self.policy.timeout_s:g} s")
+                raise MigrationFailed(self._too_slow(f"round {number} has not ended"))
             if time.monotonic() - told >= _TELL_EVERY_S:
                 told = time.monotonic()
                 self.report(Progress(number, total, done))
