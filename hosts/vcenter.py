@@ -101,7 +101,17 @@ class VCenter:
 
     def status(self) -> dict[str, dict[str, Any]]:
         """What every agent says of itself: its VMs and its memory."""
-        return {host.name: self.agent(host.name).call(control.Status()) for host in self.plan.hosts}
+        return {host.name: self._status(host.name) for host in self.plan.hosts}
+
+    def _status(self, host: str) -> dict[str, Any]:
+        client = self.agent(host)
+        try:
+            status: dict[str, Any] = client.call(control.Status())
+        except ControlError:
+            if not client.broken:
+                raise
+            status = self.agent(host).call(control.Status())  # an idle connection may have ended; asking twice is safe
+        return status
 
     def close(self) -> None:
         for agent in self._agents.values():

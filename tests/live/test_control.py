@@ -182,13 +182,14 @@ def test_the_certificate_of_another_agent_gives_no_orders(testbed: Testbed) -> N
 
 def test_a_caller_that_speaks_no_tls_or_says_nothing_keeps_nobody_waiting(testbed: Testbed) -> None:
     address = management(testbed, "esx1"), control.PORT
-    with socket.create_connection(address, PATIENCE_S) as http, socket.create_connection(address, PATIENCE_S):
+    with socket.create_connection(address, PATIENCE_S) as http, socket.create_connection(address, PATIENCE_S) as silent:
         http.sendall(b"GET / HTTP/1.0\r\n\r\n")
         with suppress(ConnectionError):
             while http.recv(100):
                 pass
         with closing(agent(testbed, "esx1")) as client:
             assert client.call(control.Status())["host"] == "esx1"
+        assert silent.recv(1) == b""  # the agent loses its patience
 
 
 @pytest.fixture
@@ -355,6 +356,17 @@ def test_strangers_at_the_vmotion_port_are_refused_and_disturb_no_migration(test
     for stranger in silent:
         assert refused(stranger.hears())  # the agent loses its patience
     assert traces_in_logs(testbed) == traces
+
+
+def test_a_stranger_without_the_token_does_not_get_in_before_the_source(testbed: Testbed) -> None:
+    source, destination = here(testbed), elsewhere(testbed)
+    with closing(agent(testbed, destination)) as at_destination, closing(agent(testbed, source)) as at_source:
+        order = control.Prepare(testbed.run.plan.vm("vm1"), "m", "rarp", SCHEDULE_MS)
+        ready = at_destination.call(order)
+        for token in ("0" * 32, "", ready["token"][:-1], "\N{SNOWMAN}" * 32):
+            assert refused(Stranger(testbed, destination).says(hello("m", token)).hears())
+        at_source.call(control.Migrate("vm1", "m", ready["ip"], ready["port"], ready["token"], Policy()))
+    testbed.vcenter.places["vm1"] = destination
 
 
 # ---------------------------------------------------------------- migrations
