@@ -47,7 +47,7 @@ def run(run: Run) -> Findings:
                 time.sleep(BEFORE_S)
                 report.say(f"{vm.name} migrates from {vm.host} to {destination} while {client.name} uses it")
                 with report.rounds() as show:
-                    result = testbed.vcenter.migrate(vm.name, destination, options.policy, show)
+                    result = testbed.vcenter.migrate(vm.name, destination, options.policy, show, options.transport)
                 time.sleep(AFTER_S)
                 seen = probes.stop()
         memory = testbed.agent_memory_bytes()

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 from experiments.conduct import Experiment, conduct
 from experiments.run import Options
 from hosts.announce import MODES, SCHEDULE_MS
-from hosts.policy import Policy
+from hosts.policy import MODES, STRATEGIES, Policy
+from hosts.transport import COMPRESSIONS, MAX_STREAMS, Transport
 from topologies.errors import TestbedError, UsageError
 from topologies.plan import DEFAULT_PLAN, read_plan
 from topologies.units import parse_bitrate, parse_percent, parse_rate, parse_size
@@ -56,6 +57,12 @@ def _positive(text: str) -> float:
     return number
 
 
+def _streams(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_STREAMS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of streams; take 1 to {MAX_STREAMS}")
+    return int(text)
+
+
 def _schedule(text: str) -> tuple[int, ...]:
     try:
         times = tuple(int(part) for part in text.split(","))
@@ -76,11 +83,16 @@ def experiment_options(parser: argparse.ArgumentParser) -> None:
     add("--dirty-rate", type=quantity(parse_rate), default=default, metavar="RATE", help="written, like 50MB/s")
     add("--working-set", type=quantity(parse_size), default=default, metavar="SIZE", help="written to, like 64MiB")
     add("--link", type=quantity(parse_bitrate), default=default, metavar="RATE", help="the cable: 1Gbit, unshaped")
-    add("--mode", choices=("precopy",), default="precopy", help="how RAM is moved")
+    add("--mode", choices=MODES, default="precopy", help="how RAM is moved")
     add("--announce", choices=MODES, default="rarp", help="how the VM's new place is told")
     add("--announce-ms", type=_schedule, default=SCHEDULE_MS, metavar="MS,...", help="when, after the resume")
     add("--downtime-ms", type=_positive, default=50.0, metavar="MS", help="the longest downtime aimed at")
-    add("--timeout-s", type=_positive, default=120.0, metavar="S", help="when pre-copy is given up")
+    add("--timeout-s", type=_positive, default=120.0, metavar="S", help="when the strategy takes over from pre-copy")
+    add("--timeout-strategy", choices=STRATEGIES, default="cancel", help="what is done then")
+    add("--encrypt", action="store_true", help="the vMotion stream in TLS 1.3")
+    add("--compress", choices=COMPRESSIONS, default="none", help="pack pages where that is faster")
+    add("--bandwidth-limit", type=quantity(parse_bitrate), default=0, metavar="RATE", help="of a migration: 500Mbit")
+    add("--streams", type=_streams, default=1, metavar="N", help="TCP connections that carry pages")
     add("--datastore", choices=("local",), default="local", help="where ownership is kept")
     add("--seed", type=int, default=1, help="of the clients' random choices")
     add("--out", type=Path, default=None, metavar="DIR", help="results folder (default: results/NAME-TIME)")
@@ -99,7 +111,8 @@ def options_of(chosen: argparse.Namespace, command_line: Sequence[str]) -> Optio
         plan_file=chosen.plan.resolve(),
         announce=chosen.announce,
         schedule_ms=chosen.announce_ms,
-        policy=Policy(chosen.downtime_ms, chosen.timeout_s),
+        policy=Policy(chosen.downtime_ms, chosen.timeout_s, chosen.mode, chosen.timeout_strategy),
+        transport=Transport(chosen.encrypt, chosen.compress, chosen.bandwidth_limit, chosen.streams),
         seed=chosen.seed,
         out=chosen.out,
         command_line=tuple(command_line),

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from hosts.ram import PAGE
-from hosts.source import Progress as RoundProgress
+from hosts.precopy import Progress as RoundProgress
 from topologies.units import format_size
 
 console = Console(highlight=False, soft_wrap=True)

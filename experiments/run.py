@@ -16,7 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from hosts.policy import Policy
+from hosts.stream import PEER_TIMEOUT_S
+from hosts.transport import Transport
 from topologies.errors import UsageError
 from topologies.events import EventLog, clock_pair, find, read_events
 from topologies.plan import Plan
@@ -35,6 +39,8 @@ class Options:
     policy: Policy
     seed: int
     out: Path | None
+    transport: Transport = Transport()
+    peer_timeout_s: float = PEER_TIMEOUT_S
     command_line: tuple[str, ...] = field(default=tuple(sys.argv))
 
 
@@ -87,7 +93,8 @@ class Run:
             "versions": {program: _version(*words) for program, words in _PROGRAMS.items()},
             "plan_file": str(self.options.plan_file),
             "plan": asdict(self.options.plan),
-            "policy": {"downtime_ms": self.options.policy.downtime_ms, "timeout_s": self.options.policy.timeout_s},
+            "policy": msgspec.structs.asdict(self.options.policy),
+            "transport": msgspec.structs.asdict(self.options.transport),
             "announce": {"mode": self.options.announce, "schedule_ms": list(self.options.schedule_ms)},
             "seed": self.options.seed,
         }

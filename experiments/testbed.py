@@ -10,6 +10,7 @@ Everything started is owned here and ends with the block, in the reverse order.
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from experiments.children import Child
 from experiments.run import Run
 from experiments.world import PRIVATE, open_vswitch, widen_port_buffers
 from hosts.control import MANAGER, issue_certificates
+from hosts.guest import end_guests
 from hosts.vcenter import VCenter
 from topologies.errors import TestbedError
 from topologies.events import find, read_events
@@ -31,6 +33,7 @@ _CONTROLLER_PORT = 6653
 # Enough of a frame for every header and a small request; the RAM itself need not be kept.
 HEADERS_BYTES = 192
 _UP_WITHIN_S = 20.0
+_GUESTS = PRIVATE / "guests"  # each host's guests listen here: a short path, for a socket's name has 108 bytes
 _DOWN_WITHIN_S = 15.0
 
 
@@ -41,7 +44,9 @@ class Testbed:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self._datastore = run.folder / "datastore"
         self.children: dict[str, Child] = {}
+        self._starts: Counter[str] = Counter()
         self._stack = ExitStack()
         self.net: Any
         self.vcenter: VCenter
@@ -54,7 +59,7 @@ class Testbed:
             self._await_event("switch.connected", "controller")
             widen_port_buffers(vswitchd)
             certificates = self._certificates()
-            self._start_agents(certificates)
+            self._start_agents()
             options = self.run.options
             self.vcenter = VCenter(self.run.plan, certificates, self.run.events, options.announce, options.schedule_ms)
             stack.callback(self.vcenter.close)
@@ -86,10 +91,23 @@ class Testbed:
         """Each agent's memory beside the guests' RAM."""
         return {name: status["memory_bytes"] for name, status in self.vcenter.status().items()}
 
+    def kill_agent(self, host: str) -> None:
+        """kill -9. The host's VMs go on as they are."""
+        self.children[f"agent-{host}"].kill()
+        self.run.events.emit("agent.killed", host=host)
+
+    def restart_agent(self, host: str) -> None:
+        """A new agent of a host whose agent was killed; it has adopted the host's VMs when this returns."""
+        before = self._listened(host)
+        self._launch_agent(host)
+        self._await(f"agent-{host}", lambda: self._listened(host) > before)
+
     # ------------------------------------------------------------ parts
 
     def _start(self, name: str, popen: Callable[..., Any], *words: str) -> Child:
-        child = Child(name, popen, [sys.executable, "-m", *words], self.run.logs / f"{name}.log", _ROOT)
+        self._starts[name] += 1  # a second one must not overwrite what the first has said
+        log = self.run.logs / (f"{name}.log" if self._starts[name] == 1 else f"{name}.{self._starts[name]}.log")
+        child = Child(name, popen, [sys.executable, "-m", *words], log, _ROOT)
         self.children[name] = child
         self._stack.callback(self._stop, child)
         return child
@@ -142,29 +160,49 @@ class Testbed:
     def _certificates(self) -> Path:
         """Keys of this run, in a folder that ends with its world."""
         plan = self.run.plan
-        names = {MANAGER: [plan.manager_ip]} | {host.name: [host.management] for host in plan.hosts}
+        names = {MANAGER: [plan.manager_ip]} | {
+            host.name: [host.management, host.vmotion_port.ip] for host in plan.hosts
+        }
         issue_certificates(PRIVATE, names)
         return PRIVATE
 
-    def _start_agents(self, certificates: Path) -> None:
-        datastore = self.run.folder / "datastore"
-        datastore.mkdir()
+    def _start_agents(self) -> None:
+        self._datastore.mkdir()
+        self._stack.callback(self._end_guests)
         for host in self.run.plan.hosts:
-            words = ["hosts.agent", "--plan", str(self.run.options.plan_file), "--host", host.name]
-            words += ["--certificates", str(certificates), "--datastore", str(datastore)]
-            words += ["--events", str(self.run.events_file), "--logs", str(self.run.logs)]
-            self._start(f"agent-{host.name}", self.popen(host.name), *words)
+            (_GUESTS / host.name).mkdir(parents=True, exist_ok=True)
+            self._launch_agent(host.name)
         for host in self.run.plan.hosts:
-            self._await_event("agent.listening", host.name, f"agent-{host.name}")
+            self._await(f"agent-{host.name}", lambda name=host.name: self._listened(name) > 0)
 
-    def _await_event(self, kind: str, source: str, name: str = "controller") -> None:
+    def _launch_agent(self, host: str) -> None:
+        words = ["hosts.agent", "--plan", str(self.run.options.plan_file), "--host", host]
+        words += ["--certificates", str(PRIVATE), "--datastore", str(self._datastore), "--guests", str(_GUESTS / host)]
+        words += ["--peer-timeout-s", str(self.run.options.peer_timeout_s)]
+        words += ["--events", str(self.run.events_file), "--logs", str(self.run.logs)]
+        self._start(f"agent-{host}", self.popen(host), *words)
+
+    def _listened(self, host: str) -> int:
+        """How many agents of a host have come up so far."""
+        return len(find(read_events(self.run.events_file), "agent.listening", source=host))
+
+    def _end_guests(self) -> None:
+        """An agent ends its VMs, but one that was killed and not restarted has left them."""
+        for host in self.run.plan.hosts:
+            for vm in end_guests(_GUESTS / host.name):
+                self.run.events.emit("guest.ended", host=host.name, vm=vm)
+
+    def _await_event(self, kind: str, source: str) -> None:
+        self._await("controller", lambda: bool(find(read_events(self.run.events_file), kind, source=source)))
+
+    def _await(self, name: str, is_up: Callable[[], bool]) -> None:
         """Until a part has said that it is up; TestbedError if it ended instead or takes too long."""
         child, deadline = self.children[name], time.monotonic() + _UP_WITHIN_S
-        while not find(read_events(self.run.events_file), kind, source=source):
+        while not is_up():
             status = child.process.poll()
             if status is not None:
                 last = (child.said() or ["it said nothing"])[-1]
                 raise TestbedError(f"{name} ended with status {status} before it was up: {last}")
             if time.monotonic() > deadline:
-                raise TestbedError(f"{name} gave no {kind} within {_UP_WITHIN_S:g} s; see {self.run.logs}/{name}.log")
+                raise TestbedError(f"{name} is not up within {_UP_WITHIN_S:g} s; see {self.run.logs}/{name}.log")
             time.sleep(0.01)

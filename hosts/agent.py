@@ -1,14 +1,14 @@
 """The agent of a host: one process in the host's namespace that owns the host's VMs.
 
-    python -m hosts.agent --plan PLAN --host esx1 --certificates DIR --datastore DIR --events FILE --logs DIR
+    python -m hosts.agent --plan PLAN --host esx1 --certificates DIR --datastore DIR --guests DIR --events FILE --logs DIR
 
 It serves the control API (hosts/control.py) on the management segment and the vMotion stream
-(hosts/protocol.py) on its vMotion VMkernel port. SIGTERM ends it; its VMs end with it.
+(hosts/protocol.py) on its vMotion VMkernel port. SIGTERM shuts the host down: its VMs end with it. If it ends in
+any other way its VMs stay, and the next agent adopts them (hosts/adoption.py).
 """
 
 import argparse
 import gc
-import hmac
 import signal
 import socket
 import sys
@@ -22,15 +22,19 @@ from types import FrameType
 from typing import Any
 
 from hosts import control, protocol
+from hosts.adoption import adopt
+from hosts.breakpoints import Breakpoints
 from hosts.datastore import LocalDatastore
 from hosts.destination import IncomingMigration
+from hosts.guest import GuestEnded
 from hosts.machine import Machine, Site
-from hosts.protocol import Hello, Kind, Session
-from hosts.source import Outcome, OutgoingMigration
-from hosts.stream import PEER_TIMEOUT_S, Stream
+from hosts.protocol import Hello, Join
+from hosts.source import Outcome, OutgoingMigration, VmLost
+from hosts.stream import PEER_TIMEOUT_S, Stream, StreamLost
+from hosts.vmotion_port import VmotionPort
 from topologies.errors import TestbedError
 from topologies.events import EventLog
-from topologies.plan import read_plan
+from topologies.plan import Plan, read_plan
 
 # A silent source is noticed after PEER_TIMEOUT_S, and taking a VM apart takes a fraction of a second.
 _DISCARDED_WITHIN_S = 2 * PEER_TIMEOUT_S
@@ -43,13 +47,16 @@ class AgentError(TestbedError):
 class Agent:
     """The host's VMs and what is happening to them. Requests come in threads; `lock` guards the tables."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, plan: Plan, certificates: Path, peer_timeout_s: float = PEER_TIMEOUT_S) -> None:
         self.site, self.name = site, site.host.name
         self.lock = threading.Lock()
         self.machines: dict[str, Machine] = {}
         self.arriving: dict[str, IncomingMigration] = {}  # by migration
-        self.receiving: dict[str, threading.Event] = {}  # by migration: set when its stream has ended
-        self.leaving: dict[str, threading.Event] = {}  # by migration: set to cancel
+        self.receiving: dict[str, IncomingMigration] = {}  # by migration: its stream has begun
+        self.leaving: dict[str, OutgoingMigration] = {}  # by migration
+        self.progress: dict[str, Any] = {}  # by migration that leaves: what its source said last
+        self.breakpoints = Breakpoints(lambda state: site.events.emit("breakpoint.reached", state=state))
+        self.port = VmotionPort(site.host, plan, certificates, peer_timeout_s, self.breakpoints.entered)
         self.busy: set[str] = set()  # names of VMs that are arriving, leaving, starting or stopping
 
     # ------------------------------------------------------------ the control API
@@ -64,22 +71,32 @@ class Agent:
             case control.Prepare():
                 return self._prepare(request)
             case control.Migrate():
-                return self._migrate(request, notify)
+                return self._noting_progress(request, notify)
             case control.Cancel():
                 return self._cancel(request)
             case control.Abandon():
                 return self._abandon(request)
             case control.Status():
                 return self._status()
+            case control.Break():
+                self.breakpoints.set(request.state, request.seconds)
+                return {}
+            case control.Continue():
+                self.breakpoints.clear()
+                return {}
         raise AgentError(f"{type(request).__name__} is not for an agent")
 
     def _power_on(self, request: control.PowerOn) -> dict[str, Any]:
         vm = request.vm
         with self._reserved(vm.name):
+            self._adopt(vm.name)  # if that was not possible before
             newest = self.site.datastore.newest(vm.name)
-            # what is ours and not here has ended without being able to say so
-            if newest is not None and newest.running and (newest.host != self.name or vm.name in self.machines):
+            here = self.machines.get(vm.name)
+            # what is ours and not here, or dead, has ended without being able to say so
+            if newest is not None and newest.running and (newest.host != self.name or (here and here.is_alive)):
                 raise AgentError(f"VM {vm.name} is running on {newest.host} (generation {newest.generation})")
+            if here:
+                self.machines.pop(vm.name).dismantle()
             with ExitStack() as undo:
                 machine = Machine.build(self.site, vm, request.announce, request.schedule_ms)
                 undo.callback(machine.dismantle)
@@ -117,7 +134,7 @@ class Agent:
                 raise AgentError(f"VM {vm.name} is here already")
             machine = Machine.build(self.site, vm, request.announce, request.schedule_ms)
             undo.callback(machine.dismantle)
-            incoming = IncomingMigration(machine, request.migration, newest.generation + 1)
+            incoming = IncomingMigration(machine, request.migration, newest.generation + 1, request.encrypt)
             with self.lock:
                 self.arriving[request.migration] = incoming
             undo.pop_all()  # reserved until it has arrived or is discarded
@@ -129,98 +146,160 @@ class Agent:
             machine = self._machine(request.vm)
             if machine.owner_unknown:
                 raise AgentError(f"VM {request.vm} is suspended on {self.name}: it could not be learned who owns it")
-            cancel = self.leaving[request.migration] = threading.Event()
+
+            def connect(role: str) -> Stream:
+                return self.port.connect(request.ip, request.port, role, encrypt=request.transport.encrypt)
+
+            outgoing = OutgoingMigration(
+                machine, request.migration, connect, request.policy, request.transport, notify
+            )
+            self.leaving[request.migration] = outgoing
             try:
-                with self._connect(request.ip, request.port) as stream:
-                    outgoing = OutgoingMigration(
-                        machine, request.migration, stream, request.policy, notify, cancel.is_set
-                    )
-                    outcome = outgoing.run(request.token)
+                outcome = outgoing.run(request.token)
+            except VmLost:
+                self._discard_left(machine, request.migration)
+                raise
             finally:
                 del self.leaving[request.migration]
-            del self.machines[request.vm]
-            machine.dismantle()
-            machine.emit("vm.discarded", migration=request.migration)
+            self._discard_left(machine, request.migration)
         return outcome
 
-    def _connect(self, ip: str, port: int) -> Stream:
-        """From our own vMotion port, so that the stream takes the vMotion cable."""
+    def _discard_left(self, machine: Machine, migration: str) -> None:
+        """The VM is another host's now."""
+        del self.machines[machine.vm.name]
+        machine.dismantle()
+        machine.emit("vm.discarded", migration=migration)
+
+    def _noting_progress(self, request: control.Migrate, notify: control.Notify) -> Outcome:
+        def note(progress: Any) -> None:
+            self.progress[request.migration] = progress
+            notify(progress)
+
         try:
-            sock = socket.create_connection((ip, port), PEER_TIMEOUT_S, (self.site.host.vmotion_port.ip, 0))
-        except OSError as error:
-            raise AgentError(f"no vMotion connection to {ip}: {error.strerror or error}; check the cable") from error
-        return Stream(sock, Session("source"))
+            return self._migrate(request, note)
+        finally:
+            self.progress.pop(request.migration, None)
 
     def _cancel(self, request: control.Cancel) -> dict[str, Any]:
-        cancel = self.leaving.get(request.migration)
-        if cancel is None:
+        outgoing = self.leaving.get(request.migration)
+        if outgoing is None:
             raise AgentError(f"no migration {request.migration!r} leaves from here")
-        cancel.set()
+        outgoing.cancel()
         return {}
 
     def _abandon(self, request: control.Abandon) -> dict[str, Any]:
         with self.lock:
             incoming = self.arriving.pop(request.migration, None)
-            ended = self.receiving.get(request.migration)
+            receiving = self.receiving.get(request.migration)
         if incoming is not None:
             self._discard(incoming)
-        elif ended is not None and not ended.wait(_DISCARDED_WITHIN_S):  # so that a retry finds nothing in its way
+        # so that a retry finds nothing in its way
+        elif receiving is not None and not receiving.ended.wait(_DISCARDED_WITHIN_S):
             raise AgentError(f"migration {request.migration!r} has not ended on {self.name} yet")
         return {"abandoned": incoming is not None}
 
     def _status(self) -> dict[str, Any]:
-        vms = {name: machine.generation for name, machine in dict(self.machines).items()}
-        return {"host": self.name, "vms": vms, "memory_bytes": own_memory_bytes()}
+        with self.lock:  # migrations first: what has just come to its end shows among the VMs
+            coming = {name: {"role": "destination", "progress": None} for name in (*self.arriving, *self.receiving)}
+            leaving = {name: {"role": "source", "progress": self.progress.get(name)} for name in list(self.leaving)}
+        vms = {
+            name: {"generation": machine.generation, "state": machine.guest.state, "pid": machine.guest.pid}
+            for name, machine in dict(self.machines).items()
+        }
+        return {"host": self.name, "vms": vms, "migrations": coming | leaving, "memory_bytes": own_memory_bytes()}
+
+    # ------------------------------------------------------------ what another agent has left
+
+    def adopt_all(self) -> None:
+        """At the start: every guest that is on this host, each as the datastore tells."""
+        for home in sorted(self.site.guests.iterdir()):
+            try:
+                self._adopt(home.name)
+            except TestbedError as error:  # it stays as it is; a PowerOn tries again
+                self.log(f"VM {home.name} cannot be adopted: {error}")
+
+    def _adopt(self, vm: str) -> None:
+        if vm in self.machines or not (self.site.guests / vm).exists():
+            return
+        try:
+            machine = adopt(self.site, vm)
+        except GuestEnded as error:
+            self.log(str(error))
+            return
+        if machine is not None:
+            self.machines[vm] = machine
 
     # ------------------------------------------------------------ the vMotion port
 
     def accept_migrations(self, listener: socket.socket) -> None:
         """Every caller gets a thread; only one that shows the token of a preparation gets further."""
-        while True:
-            try:
-                sock, (ip, _) = listener.accept()
-            except OSError as error:  # no descriptor, no memory: this caller is lost, the port is not
-                self.log(f"vMotion port: {error}")
-                time.sleep(0.1)
-                continue
+        for sock, ip in self.port.callers(listener, self.log):
             threading.Thread(target=self._incoming, args=(sock, ip), name="vmotion", daemon=True).start()
 
     def _incoming(self, sock: socket.socket, ip: str) -> None:
-        with Stream(sock, Session("destination")) as stream:
-            self._receive(stream, ip)
-
-    def _receive(self, stream: Stream, ip: str) -> None:
         try:
-            hello: Hello = stream.expect(Kind.HELLO)
-            with self.lock:
-                incoming = self.arriving.get(hello.migration)
-                if incoming is None or not hmac.compare_digest(incoming.token.encode(), hello.token.encode()):
-                    raise AgentError(f"no migration {hello.migration!r} is prepared for this caller")
-                del self.arriving[hello.migration]
-                ended = self.receiving[hello.migration] = threading.Event()
+            stream, opening = self.port.open(sock)
         except TestbedError as error:
             self.log(f"vMotion caller {ip} refused: {error}")
-            stream.abort("refused")
             return
+        with stream:
+            try:
+                incoming = self._admit(stream, opening)
+            except TestbedError as error:
+                self.log(f"vMotion caller {ip} refused: {error}")
+                stream.abort("refused")
+                return
+            if isinstance(opening, Hello):
+                self._take_in(incoming, stream, opening)
+            else:
+                self._take_more_in(incoming, stream, opening)
+
+    def _admit(self, stream: Stream, opening: Hello | Join) -> IncomingMigration:
+        table = self.arriving if isinstance(opening, Hello) else self.receiving
+        with self.lock:
+            incoming = table.get(opening.migration)
+            if incoming is None or not incoming.admits(opening.token, stream.encrypted):
+                raise AgentError(f"no migration {opening.migration!r} is prepared for this caller")
+            if isinstance(opening, Hello):
+                self.receiving[opening.migration] = self.arriving.pop(opening.migration)
+        return incoming
+
+    def _take_more_in(self, incoming: IncomingMigration, stream: Stream, join: Join) -> None:
         try:
-            self._take_in(incoming, stream, hello)
-        finally:
-            del self.receiving[hello.migration]
-            ended.set()
+            incoming.join(stream, join)
+        except StreamLost:  # its ordinary end; if it is not, the source notices on this or on the main connection
+            return
+        except TestbedError as error:
+            self.log(f"a connection of migration {join.migration}: {error}")
 
     def _take_in(self, incoming: IncomingMigration, stream: Stream, hello: Hello) -> None:
+        machine = incoming.machine
         try:
             incoming.run(stream, hello)
         except TestbedError as error:
             self.log(str(error))
         except Exception:  # a bug of ours must not leave half a VM here
             self.log(traceback.format_exc())
-        if incoming.machine.generation == 0:  # it never came to the point of no return
-            self._discard(incoming)
-            return
-        with self.lock:  # ours now, whatever happened since the claim
-            self.machines[incoming.machine.vm.name] = incoming.machine
-            self.busy.discard(incoming.machine.vm.name)
+        try:
+            if machine.generation == 0:  # it never came to the point of no return
+                self._discard(incoming)
+            elif not incoming.arrived:
+                self._bury(machine, incoming.migration)
+            else:
+                with self.lock:
+                    self.machines[machine.vm.name] = machine
+        finally:
+            with self.lock:
+                self.busy.discard(machine.vm.name)
+                del self.receiving[hello.migration]
+            incoming.ended.set()
+
+    def _bury(self, machine: Machine, migration: str) -> None:
+        """It was ours and cannot go on: it is off, and can be powered on again anywhere."""
+        generation = machine.generation + 1
+        machine.dismantle()
+        self.site.datastore.claim(machine.vm.name, generation, self.name, running=False)
+        machine.emit("vm.lost", migration=migration, generation=generation)
 
     def _discard(self, incoming: IncomingMigration) -> None:
         try:
@@ -271,17 +350,20 @@ def own_memory_bytes() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m hosts.agent", description="The agent of one host.")
-    for option in ("--plan", "--host", "--certificates", "--datastore", "--events", "--logs"):
+    for option in ("--plan", "--host", "--certificates", "--datastore", "--guests", "--events", "--logs"):
         parser.add_argument(option, required=True)
+    parser.add_argument("--peer-timeout-s", type=float, default=PEER_TIMEOUT_S)
     options = parser.parse_args()
-    host = read_plan(options.plan).host(options.host)
+    plan = read_plan(options.plan)
+    host = plan.host(options.host)
     site = Site(
         host=host,
         datastore=LocalDatastore(Path(options.datastore)),
         events=EventLog(options.events, host.name),
         logs=Path(options.logs),
+        guests=Path(options.guests),
     )
-    agent = Agent(site)
+    agent = Agent(site, plan, Path(options.certificates), options.peer_timeout_s)
     gc.freeze()  # what is imported stays: a full collection of it takes 10 ms, some day in a downtime
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -290,9 +372,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     context = control.tls_context(Path(options.certificates), host.name, server=True)
-    listener = socket.create_server((host.vmotion_port.ip, protocol.PORT))
-    threading.Thread(target=agent.accept_migrations, args=(listener,), name="vmotion-port", daemon=True).start()
+    listener = agent.port.listen()
     with control.ControlServer(host.management, context, agent.handle, agent.log) as server:
+        agent.adopt_all()  # the ports are taken: there is no other agent of this host
+        threading.Thread(target=agent.accept_migrations, args=(listener,), name="vmotion-port", daemon=True).start()
         site.events.emit("agent.listening", management=host.management, vmotion=host.vmotion_port.ip)
         try:
             server.serve_forever(poll_interval=60)

@@ -1,7 +1,13 @@
-"""Messages between an agent and its guest process: length-prefixed msgpack over a Unix socket pair."""
+"""Messages between an agent and its guest process: length-prefixed msgpack over a Unix socket.
 
+The guest listens and outlives its agent; whoever connects next, an agent's successor, is greeted with all
+that it has to know. A guest serves one agent at a time.
+"""
+
+import os
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -9,6 +15,7 @@ import msgspec
 from topologies.plan import VM
 
 _LENGTH = struct.Struct("!I")
+_MAX_DESCRIPTORS = 8
 MAX_MESSAGE_BYTES = 256 * 2**20  # the TCP queues of a busy guest travel in one message
 
 
@@ -16,23 +23,36 @@ class Message(msgspec.Struct, tag=True, frozen=True):
     """Base of all of them: tagged with its class name."""
 
 
+class Hello(Message, frozen=True):
+    """Guest: the first word on a connection; with it come its RAM and its pidfd (SCM_RIGHTS).
+
+    It has mapped RAM at `address` of its own memory, written pages are found by `tracking`; `memo` as in Begin.
+    """
+
+    pid: int
+    state: str  # of STATES
+    address: int
+    tracking: str
+    vm: VM | None = None  # from "running" or "awaiting" on
+    memo: bytes = b""
+
+
+# new -> running <-> suspended; new -> awaiting -> restored -> running. The first two cannot do without their agent.
+STATES = ("new", "awaiting", "restored", "running", "suspended")
+
+
 class Boot(Message, frozen=True):
-    """Agent: power on with fresh RAM. Answered by Ready, and the guest runs."""
+    """Agent: power on with fresh RAM, and keep `memo` for its successor. Answered by Done, and the guest runs."""
 
     vm: VM
+    memo: bytes
 
 
 class Await(Message, frozen=True):
-    """Agent: be the target of a migration. Answered by Ready; then Restore, then Run."""
+    """Agent: be the target of a migration. Answered by Done; then Restore, then Run."""
 
     vm: VM
-
-
-class Ready(Message, frozen=True):
-    """Guest: RAM is mapped at `address` of its own memory, written pages are found by `tracking`."""
-
-    address: int
-    tracking: str
+    memo: bytes
 
 
 class Suspend(Message, frozen=True):
@@ -55,6 +75,24 @@ class Run(Message, frozen=True):
     """Agent: run, after a Restore or after a Suspend that was in vain. Answered by Done."""
 
 
+class Throttle(Message, frozen=True):
+    """Agent: run only 1 - `share` of the time. Answered by Done."""
+
+    share: float
+
+
+class Missing(Message, frozen=True):
+    """Agent: pages of RAM are (not) missing from here on. Answered by Waits."""
+
+    on: bool
+
+
+class Waits(Message, frozen=True):
+    """Guest: how long its own accesses to missing pages have taken, since that was last asked, in microseconds."""
+
+    us: list[float]
+
+
 class Done(Message, frozen=True):
     """Guest: done."""
 
@@ -65,18 +103,38 @@ class Failed(Message, frozen=True):
     reason: str
 
 
-_Any = Boot | Await | Ready | Suspend | State | Restore | Run | Done | Failed
+_Any = Hello | Boot | Await | Suspend | State | Restore | Run | Throttle | Missing | Waits | Done | Failed
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_Any)
 
 
-def send(sock: socket.socket, message: Message) -> None:
+def send(sock: socket.socket, message: Message, descriptors: Sequence[int] = ()) -> None:
+    """Send a message, and copies of open descriptors with it."""
     body = msgspec.msgpack.encode(message)
-    sock.sendall(_LENGTH.pack(len(body)) + body)
+    if descriptors:
+        socket.send_fds(sock, [_LENGTH.pack(len(body))], list(descriptors))
+        sock.sendall(body)
+    else:
+        sock.sendall(_LENGTH.pack(len(body)) + body)
 
 
 def receive(sock: socket.socket) -> Any:
     """The next message; EOFError if the other side is gone."""
-    (length,) = _LENGTH.unpack(_exactly(sock, _LENGTH.size))
+    return _decode(sock, bytes(_exactly(sock, _LENGTH.size)))
+
+
+def receive_with_descriptors(sock: socket.socket) -> tuple[Any, list[int]]:
+    """The next message and the descriptors that came with it, which are the caller's to close."""
+    head, descriptors, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+    try:
+        return _decode(sock, head + _exactly(sock, _LENGTH.size - len(head))), descriptors
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+
+
+def _decode(sock: socket.socket, head: bytes) -> Any:
+    (length,) = _LENGTH.unpack(head)
     if length > MAX_MESSAGE_BYTES:
         raise EOFError(f"a message of {length} bytes is none of ours")
     return _decoder.decode(_exactly(sock, length))

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from hosts.policy import Policy
+from hosts.transport import Transport
 from topologies.errors import TestbedError
 from topologies.plan import VM
 
@@ -25,6 +26,7 @@ _MAX_LINE_BYTES = 1 << 20
 _HANDSHAKE_TIMEOUT_S = 5.0
 # An agent reports at least every round; the longest silence is filling the RAM of a large VM.
 _ANSWER_TIMEOUT_S = 180.0
+_UNHEARD_TIMEOUT_S = 10.0
 
 
 class ControlError(TestbedError):
@@ -54,10 +56,14 @@ class Prepare(Request, frozen=True):
     migration: str
     announce: str
     schedule_ms: tuple[int, ...]
+    encrypt: bool = False
 
 
 class Migrate(Request, frozen=True):
-    """Move a VM to a host that is prepared. Notices are Progress; replies an Outcome (hosts/source.py)."""
+    """Move a VM to a host that is prepared. Notices are Progress; replies an Outcome (hosts/source.py).
+
+    It goes on if its caller goes away; Status tells of it, Cancel ends it.
+    """
 
     vm: str
     migration: str
@@ -65,10 +71,11 @@ class Migrate(Request, frozen=True):
     port: int
     token: str
     policy: Policy
+    transport: Transport = msgspec.field(default_factory=Transport)
 
 
 class Cancel(Request, frozen=True):
-    """Give up a migration that leaves from here, at its next round."""
+    """Give up a migration that leaves from here, if it has not come to its point of no return."""
 
     migration: str
 
@@ -80,7 +87,22 @@ class Abandon(Request, frozen=True):
 
 
 class Status(Request, frozen=True):
-    """Replies {"host", "vms": {name: generation}, "memory_bytes"}: memory beyond the guests' RAM."""
+    """Replies {"host", "vms", "migrations", "memory_bytes"}: memory beyond the guests' RAM.
+
+    vms: {name: {"generation", "state", "pid"}}, the state as in hosts/channel.py, or "dead";
+    migrations under way here: {migration: {"role": "source" or "destination", "progress": the latest or None}}.
+    """
+
+
+class Break(Request, frozen=True):
+    """Stop the next migration that enters a state here, "source:suspended" say (hosts/breakpoints.py)."""
+
+    state: str
+    seconds: float = 30.0
+
+
+class Continue(Request, frozen=True):
+    """Take a breakpoint away, and let go on what has stopped at it."""
 
 
 class Notice(msgspec.Struct, tag=True, frozen=True):
@@ -95,7 +117,9 @@ class Refusal(msgspec.Struct, tag=True, frozen=True):
     reason: str
 
 
-_requests = msgspec.json.Decoder(PowerOn | PowerOff | Prepare | Migrate | Cancel | Abandon | Status)
+_requests = msgspec.json.Decoder(
+    PowerOn | PowerOff | Prepare | Migrate | Cancel | Abandon | Status | Break | Continue
+)
 _answers = msgspec.json.Decoder(Notice | Reply | Refusal)
 
 # A handler gets the request and a function for notices, and returns the reply's content.
@@ -129,7 +153,14 @@ def tls_context(folder: Path, name: str, server: bool) -> ssl.SSLContext:
     return context
 
 
-def _common_name(sock: ssl.SSLSocket) -> str:
+def _bound_silence(sock: ssl.SSLSocket) -> None:
+    """A peer that takes nothing for so long, or whose machine is gone, ends the connection (tcp(7)): nobody blocks."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_UNHEARD_TIMEOUT_S * 1000))
+
+
+def common_name(sock: ssl.SSLSocket) -> str:
+    """Whom the peer's certificate names."""
     subject: Any = (sock.getpeercert() or {}).get("subject", ())
     return next((value for part in subject for key, value in part if key == "commonName"), "")
 
@@ -158,11 +189,12 @@ class _Connection(socketserver.BaseRequestHandler):
         self.request.settimeout(_HANDSHAKE_TIMEOUT_S)
         try:
             with self.server.context.wrap_socket(self.request, server_side=True) as sock:
-                caller = _common_name(sock)
+                caller = common_name(sock)
                 if caller != MANAGER:
                     self.server.log(f"{self.client_address}: {caller!r} may not give orders")
                     return
-                sock.settimeout(None)
+                sock.settimeout(None)  # a manager may be silent for as long as it likes
+                _bound_silence(sock)
                 with sock.makefile("rb") as lines:
                     while line := lines.readline(_MAX_LINE_BYTES):
                         if not line.endswith(b"\n"):  # its end is not a request of its own
@@ -231,6 +263,18 @@ class AgentClient:
         except (OSError, msgspec.MsgspecError) as error:
             raise ControlError(f"host {self.host}: its agent is gone ({error})") from error
         raise ControlError(f"host {self.host}: its agent is gone")
+
+    def is_open(self) -> bool:
+        """Whether an idle connection is still there: its agent may have been restarted meanwhile."""
+        self._socket.settimeout(0)
+        try:
+            self._socket.recv(1)  # the end, or a word that nobody asked for
+        except ssl.SSLWantReadError:
+            self._socket.settimeout(_ANSWER_TIMEOUT_S)
+            return True
+        except OSError:
+            return False
+        return False
 
     def close(self) -> None:
         self._lines.close()

@@ -1,18 +1,28 @@
 """An incoming migration, phase by phase. Until the claim any failure ends with nothing left of the VM here.
 
 prepare       RAM, guest process, namespace, dark port, announcement frames       (before the source starts)
-greet         HELLO, WELCOME
+greet         HELLO, WELCOME; further connections join
 receive       pages into RAM, an acknowledgement for every round; in a hurry from SUSPENDING on
 restore       RAM checked against the source's digest, sockets restored
 claim         the next generation on the datastore            <== POINT OF NO RETURN
 resume        gate open, guest told to run, first announcement, RESUMED
+fill          post-copy only: the pages named in the bitmap, those first that the guest waits for; COMPLETE
 """
 
+import hmac
 import secrets
+import threading
+
+import numpy as np
 
 from hosts.machine import Machine
+from hosts.postcopy import Filler
 from hosts.protocol import (
+    MAJOR,
+    MINOR,
+    Complete,
     Hello,
+    Join,
     Kind,
     ProtocolError,
     RemoteProtocolError,
@@ -20,32 +30,51 @@ from hosts.protocol import (
     State,
     Welcome,
     negotiate,
+    parse_bitmap,
 )
-from hosts.ram import PageHashes
+from hosts.ram import PageHashes, mask_of, runs_of
 from hosts.stream import PeerAborted, Stream, StreamLost
 from hosts.urgency import hurry, relax
 from topologies.errors import TestbedError
+
+_MAX_STALLS_TOLD = 10_000
 
 
 class IncomingFailed(TestbedError):
     """The VM did not come here; the message says why."""
 
 
-class IncomingMigration:
-    """A VM that is to come: `machine` is built and dark; `token` lets its source in."""
+class IncomingLost(TestbedError):
+    """The VM had come, and cannot go on: it has to be started again."""
 
-    def __init__(self, machine: Machine, migration: str, generation: int) -> None:
+
+class IncomingMigration:
+    """A VM that is to come: `machine` is built and dark; `token` lets its source in, encrypted or not."""
+
+    def __init__(self, machine: Machine, migration: str, generation: int, encrypt: bool = False) -> None:
         machine.guest.await_state()
-        self.machine, self.migration, self.generation = machine, migration, generation
+        self.machine, self.migration, self.generation, self.encrypt = machine, migration, generation, encrypt
         self.token = secrets.token_hex(16)
         self.hashes = PageHashes(machine.guest.ram)
+        self.arrived = False  # it runs here, with all of its RAM
+        self.ended = threading.Event()
+        self._faults: Stream | None = None
+        self._filler: Filler | None = None
+
+    def admits(self, token: str, encrypted: bool) -> bool:
+        return hmac.compare_digest(self.token.encode(), token.encode()) and encrypted == self.encrypt
 
     def run(self, stream: Stream, hello: Hello) -> None:
-        """Until the VM runs here. IncomingFailed before the point of no return; nothing of it was seen outside."""
+        """Until the VM runs here, with all of its RAM.
+
+        IncomingFailed before the point of no return; nothing of it was seen outside. IncomingLost behind it.
+        """
         try:
             self._run(stream, hello)
         finally:
             relax()
+            if self._filler is not None:
+                self._filler.close()
 
     def _run(self, stream: Stream, hello: Hello) -> None:
         try:
@@ -59,7 +88,37 @@ class IncomingMigration:
             else:
                 stream.abort(str(error))
             raise IncomingFailed(f"VM {self.machine.vm.name} did not come: {error}") from error
-        self.resume(stream)
+        try:
+            self.resume(stream)
+            if self._filler is not None:
+                relax()
+                self.fill(stream, self._filler)
+            self.arrived = True
+        except (TestbedError, OSError) as error:
+            for event in ("lost", "stop"):
+                if stream.session.may(event):
+                    stream.session.step(event)
+            raise IncomingLost(f"VM {self.machine.vm.name} came and cannot go on: {error}") from error
+
+    # ------------------------------------------------------------ further connections
+
+    def join(self, stream: Stream, join: Join) -> None:
+        """One more connection of this migration, in a thread of its own; returns when it has ended."""
+        negotiate(join.major, join.minor)
+        if join.purpose == "faults":
+            if self._faults is not None:
+                raise RemoteProtocolError("a second connection for faults")
+            self._faults = stream
+        stream.send(Welcome(MAJOR, MINOR))
+        if join.purpose == "faults":
+            self.ended.wait()  # its messages are the filler's
+            return
+        while True:
+            header, _ = stream.receive()
+            if header.kind is Kind.ROUND_END:
+                stream.mark(Kind.ROUND_ACK, header.round)
+            else:
+                stream.receive_pages(header, self.machine.guest.ram, self.hashes)
 
     # ------------------------------------------------------------ the phases
 
@@ -69,6 +128,7 @@ class IncomingMigration:
             raise RemoteProtocolError(
                 f"{hello.ram_bytes} bytes of RAM announced, prepared {self.machine.guest.ram.size}"
             )
+        self._hurries = hello.mode != "stop-and-copy"
         stream.send(Welcome(*version))
 
     def receive(self, stream: Stream) -> State:
@@ -78,20 +138,41 @@ class IncomingMigration:
             match header.kind:
                 case Kind.PAGES | Kind.ZERO:
                     stream.receive_pages(header, ram, self.hashes)
-                case Kind.SUSPENDING:
-                    hurry()
                 case Kind.ROUND_END:
                     stream.mark(Kind.ROUND_ACK, header.round)
+                case Kind.BITMAP:
+                    missing = parse_bitmap(bytes(stream.exactly(header.length)), ram.pages)
+                    self.make_room(missing)
+                    if stream.session.state == "listed":
+                        self.expect_missing(stream, missing)
+                case Kind.SUSPENDING if self._hurries:
+                    hurry()
                 case Kind.STATE:
                     self._emit("state.received", state_bytes=header.length)
                     state: State = body
                     return state
 
+    def make_room(self, missing: np.ndarray) -> None:
+        """What has come in a round and is out of date must not exist, so that the guest waits for it."""
+        ram = self.machine.guest.ram
+        stale = mask_of(ram.populated(), ram.pages) & missing
+        ram.punch(runs_of(np.flatnonzero(stale)))
+
+    def expect_missing(self, stream: Stream, missing: np.ndarray) -> None:
+        guest = self.machine.guest
+        if self._faults is None:
+            raise RemoteProtocolError("post-copy without a connection for faults")
+        userfaults = guest.expect_missing()
+        self._filler = Filler(guest.ram, missing, userfaults, self.hashes, stream, self._faults)
+        self._emit("bitmap.received", pages=int(missing.sum()))
+
     def restore(self, state: State) -> None:
-        self.digest = self.hashes.digest()
-        if self.digest != state.ram_digest:
-            raise RemoteProtocolError(f"RAM differs: digest {self.digest} here, {state.ram_digest} at the source")
-        self._emit("ram.verified", ram_digest=self.digest)
+        self.digest = ""
+        if self._filler is None:
+            self.digest = self.hashes.digest()
+            if self.digest != state.ram_digest:
+                raise RemoteProtocolError(f"RAM differs: digest {self.digest} here, {state.ram_digest} at the source")
+            self._emit("ram.verified", ram_digest=self.digest)
         self.machine.guest.restore(state.device)
         self._emit("sockets.restored")
 
@@ -117,6 +198,19 @@ class IncomingMigration:
         try:
             stream.send(Resumed(self.generation, self.digest))
         except StreamLost as error:  # the source asks the datastore then
+            if self._filler is not None:
+                raise
+            self._emit("migration.unheard", reason=str(error))
+
+    def fill(self, stream: Stream, filler: Filler) -> None:
+        """RAM becomes whole while the VM runs."""
+        expected = filler.receive()
+        waits_us = self.machine.guest.missing_over()
+        digest = self.hashes.digest()
+        self._emit("ram.whole", ram_digest=digest, equal=digest == expected, faults=filler.asked)
+        try:
+            stream.send(Complete(digest, filler.asked, waits_us[:_MAX_STALLS_TOLD]))
+        except StreamLost as error:  # nothing is missing any more
             self._emit("migration.unheard", reason=str(error))
 
     def _announced(self, number: int, mode: str, frames: int) -> None:

@@ -5,14 +5,19 @@ connects to a vSwitch (hosts/vswitch.py). Its life:
 
     power_on ---> running <---> suspended          source: suspend gives the device state
     await_state -> restored --> running            target: RAM arrives, then restore, then run
+
+It outlives its agent, unless it is new or awaits its state: the next agent finds its socket and adopts it.
 """
 
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +26,7 @@ import msgspec
 from hosts import channel
 from hosts.ram import DirtyBitmap, Ram, open_bitmap
 from hosts.urgency import hurry, relax
+from hosts.userfaults import UserFaults
 from topologies.errors import TestbedError
 from topologies.plan import VM
 
@@ -36,18 +42,25 @@ class GuestError(TestbedError):
     """The guest process refused, failed or is gone."""
 
 
+class GuestEnded(GuestError):
+    """Nobody is behind this socket any more."""
+
+
 class Guest(ABC):
     """What the migration engine needs of a virtual machine."""
 
     vm: VM
+    memo: bytes  # what an agent notes for the one after it
+    pid: int  # a process in the VM's network namespace
     ram: Ram
-    bitmap: DirtyBitmap  # these two are valid once it is powered on or awaits its state
+    bitmap: DirtyBitmap
     tracking: str  # how the bitmap is read (hosts/ram.py)
+    userfaults: UserFaults | None  # None where the kernel has none
 
     @property
     @abstractmethod
-    def pid(self) -> int:
-        """A process in the VM's network namespace."""
+    def state(self) -> str:
+        """One of channel.STATES, or "dead"."""
 
     @abstractmethod
     def power_on(self) -> None:
@@ -70,8 +83,24 @@ class Guest(ABC):
         """Run, after `restore` or after a `suspend` in vain; `meanwhile` is called once it has been told to."""
 
     @abstractmethod
+    def throttle(self, share: float) -> None:
+        """Keep it from running for this share of its time, 0 to 0.99."""
+
+    @abstractmethod
+    def expect_missing(self) -> UserFaults:
+        """From now on an access to a page that does not exist waits until it is placed (post-copy)."""
+
+    @abstractmethod
+    def missing_over(self) -> list[float]:
+        """RAM is whole; returns the waits of its own accesses meanwhile, in microseconds."""
+
+    @abstractmethod
     def check(self) -> None:
         """GuestError if it has ended: what its bitmap says then is nothing."""
+
+    @abstractmethod
+    def let_go(self) -> None:
+        """Leave it as it is, for another agent to adopt."""
 
     @abstractmethod
     def power_off(self) -> None:
@@ -79,74 +108,152 @@ class Guest(ABC):
 
 
 class LightGuest(Guest):
-    """hosts/light_guest.py in a process and a network namespace of its own."""
+    """hosts/light_guest.py in a process and a network namespace of its own. Made by `start` or `adopt`."""
 
-    def __init__(self, vm: VM, log: Path) -> None:
-        self.vm, self._log = vm, log
-        self.ram = Ram.create(vm.name, vm.ram)
-        self._channel, theirs = socket.socketpair()
+    def __init__(self, home: Path, log: Path, connection: socket.socket, process: "subprocess.Popen[bytes] | None"):
+        """Hear the guest's first words on a connection to its socket `home`; `process` if it is a child of ours."""
+        self._log, self._channel, self._process = log, connection, process
+        hello, (ram, self._pidfd, *others) = channel.receive_with_descriptors(connection)
+        self.pid, self.tracking, self.vm, self.memo = hello.pid, hello.tracking, hello.vm, hello.memo
+        self._state = hello.state
+        self.ram = Ram(ram)
+        self.bitmap = open_bitmap(hello.tracking, hello.pid, hello.address, self.ram)
+        writes = hello.tracking == "wp-async"
+        self.userfaults = UserFaults(others[0], hello.address, self.ram.size, writes) if others else None
+        self._let_go = ExitStack()
+        for descriptor in (self._pidfd, *others):
+            self._let_go.callback(os.close, descriptor)
+        self._let_go.callback(self.ram.close)
+        self._let_go.callback(connection.close)
+        self._home = home
+
+    @classmethod
+    def start(cls, vm: VM, memo: bytes, home: Path, log: Path) -> "LightGuest":
+        """A new guest, in namespaces of its own; it is reached by the socket `home`."""
         # the new mount namespace is for /sys, which shows the network namespace it is mounted in
         inside = 'mount -t sysfs sysfs /sys && exec "$@"'
-        program = [sys.executable, "-m", "hosts.light_guest", str(theirs.fileno()), str(self.ram.fd)]
-        with theirs, open(log, "ab") as out:
-            self._process = subprocess.Popen(
+        with socket.socket(socket.AF_UNIX) as listener, open(log, "ab") as out:
+            try:
+                listener.bind(str(home))
+                listener.listen()
+                connection = _connect(home)  # before there is a guest: should we end now, it will notice
+            except OSError as error:
+                raise GuestError(f"VM {vm.name}: no socket {home} for its guest: {error.strerror}") from error
+            program = [sys.executable, "-m", "hosts.light_guest", str(listener.fileno()), vm.name, str(vm.ram)]
+            process = subprocess.Popen(
                 ["unshare", "--net", "--mount", "--propagation", "private", "sh", "-c", inside, "sh", *program],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                pass_fds=(theirs.fileno(), self.ram.fd),
+                pass_fds=(listener.fileno(),),
                 start_new_session=True,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # its thread pool would only cost memory
                 cwd=_ROOT,
             )
-        self._channel.settimeout(_ANSWER_TIMEOUT_S)
         try:
-            self._answer(channel.Done)  # it has its namespaces now
-        except GuestError:
-            self.power_off()
-            raise
+            guest = cls(home, log, connection, process)
+        except (EOFError, OSError, msgspec.MsgspecError) as error:
+            process.kill()
+            connection.close()
+            home.unlink()
+            raise GuestError(f"VM {vm.name}: its guest process ended with status {process.wait()}; see {log}") from error
+        guest.vm, guest.memo = vm, memo
+        return guest
+
+    @classmethod
+    def adopt(cls, home: Path, log: Path) -> "LightGuest":
+        """The guest behind a socket, which another agent has started. GuestEnded if there is none any more."""
+        try:
+            connection = _connect(home)
+            connection.settimeout(_BOOT_TIMEOUT_S)  # it may be filling its RAM
+            return cls(home, log, connection, None)
+        except TimeoutError:
+            raise GuestError(f"the guest at {home} does not answer, or another agent has it; see {log}") from None
+        except (EOFError, OSError, msgspec.MsgspecError) as error:
+            home.unlink(missing_ok=True)
+            raise GuestEnded(f"the guest at {home} has ended; see {log}") from error
 
     @property
-    def pid(self) -> int:
-        return self._process.pid
+    def state(self) -> str:
+        return "dead" if self._has_ended() else self._state
 
     def power_on(self) -> None:
-        self._begin(channel.Boot(self.vm), _BOOT_TIMEOUT_S)
+        self._order(channel.Boot(self.vm, self.memo), "running", _BOOT_TIMEOUT_S)
 
     def await_state(self) -> None:
-        self._begin(channel.Await(self.vm), _ANSWER_TIMEOUT_S)
-
-    def _begin(self, request: channel.Message, timeout_s: float) -> None:
-        self._tell(request, timeout_s)
-        ready = self._answer(channel.Ready)
-        self.bitmap = open_bitmap(ready.tracking, self.pid, ready.address, self.ram)
-        self.tracking = ready.tracking
+        self._order(channel.Await(self.vm, self.memo), "awaiting")
 
     def suspend(self) -> bytes:
         hurry(self.pid)
         self._tell(channel.Suspend())
+        self._state = "suspended"
         return self._answer(channel.State).device
 
     def restore(self, device: bytes) -> None:
         hurry(self.pid)
-        self._tell(channel.Restore(device))
-        self._answer(channel.Done)
+        self._order(channel.Restore(device), "restored")
 
     def run(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        self._tell(channel.Run())
-        meanwhile()
-        self._answer(channel.Done)
+        self._order(channel.Run(), "running", meanwhile=meanwhile)
         relax(self.pid)
 
+    def throttle(self, share: float) -> None:
+        self._tell(channel.Throttle(share))
+        self._answer(channel.Done)
+
+    def expect_missing(self) -> UserFaults:
+        if self.userfaults is None:
+            raise GuestError(f"VM {self.vm.name}: this kernel has no userfaultfd, which post-copy needs")
+        self.userfaults.watch_missing()
+        self._tell(channel.Missing(True))
+        self._answer(channel.Waits)
+        return self.userfaults
+
+    def missing_over(self) -> list[float]:
+        if self.userfaults is None:
+            return []
+        self._tell(channel.Missing(False))
+        waits = self._answer(channel.Waits).us
+        self.userfaults.unwatch()
+        if self.userfaults.tracks_writes:
+            self.userfaults.watch_writes()
+        return waits
+
     def check(self) -> None:
-        if self._process.poll() is not None:
+        if self._has_ended():
             raise self._gone(ChildProcessError("it has ended"))
 
+    def let_go(self) -> None:
+        self._let_go.close()
+
     def power_off(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._channel.close()
-        self.ram.close()
+        if self._channel.fileno() < 0:
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()
+        self._has_ended(within_ms=None)
+        self._home.unlink(missing_ok=True)
+        self._let_go.close()
+
+    def _has_ended(self, within_ms: int | None = 0) -> bool:
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(within_ms))
+
+    def _order(
+        self,
+        request: channel.Message,
+        state: str,
+        timeout_s: float = _ANSWER_TIMEOUT_S,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Have something done that leads to a state; `meanwhile` is called once it has been told to."""
+        self._tell(request, timeout_s)
+        meanwhile()
+        self._answer(channel.Done)
+        self._state = state
 
     def _tell(self, request: channel.Message, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
         self._channel.settimeout(timeout_s)
@@ -167,6 +274,29 @@ class LightGuest(Guest):
         return reply
 
     def _gone(self, error: Exception) -> GuestError:
-        status = self._process.poll()
-        how = f"ended with status {status}" if status is not None else f"does not answer ({error})"
+        how = f"does not answer ({error})"
+        if self._has_ended():
+            status = self._process and self._process.wait()
+            how = "has ended" if status is None else f"ended with status {status}"
         return GuestError(f"VM {self.vm.name}: its guest process {self.pid} {how}; see {self._log}")
+
+
+def _connect(home: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(_ANSWER_TIMEOUT_S)
+        connection.connect(str(home))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def end_guests(homes: Path) -> list[str]:
+    """End every guest that has its socket in a folder, and has no agent any more; returns their names."""
+    ended = []
+    for home in sorted(homes.iterdir()):
+        with suppress(GuestEnded):
+            LightGuest.adopt(home, home).power_off()
+            ended.append(home.name)
+    return ended

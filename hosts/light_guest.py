@@ -1,6 +1,9 @@
 """The light guest: a process in the VM's own network namespace, in the place of a virtual machine.
 
-    python -m hosts.light_guest CHANNEL_FD RAM_FD
+    python -m hosts.light_guest LISTENER_FD NAME RAM_BYTES
+
+It serves its agent on a Unix socket (hosts/channel.py), one agent after another: a VM that runs or is
+suspended stays as it is while no agent is there.
 
 Real are its memory (RAM that is migrated page by page), its network stack and its sockets; there is
 no CPU to emulate. All its program state is in RAM or in its DeviceState, so that the process on the
@@ -20,6 +23,7 @@ import contextlib
 import fcntl
 import gc
 import os
+import select
 import selectors
 import socket
 import struct
@@ -34,6 +38,7 @@ import numpy as np
 
 from hosts import bulk, channel, ledger, sockets
 from hosts.ram import PAGE, Ram, arm
+from hosts.urgency import relax
 from topologies.errors import TestbedError
 from topologies.plan import VM
 
@@ -42,6 +47,8 @@ _TICK_S = 0.002  # the dirtier and the bulk stream work in steps: short against 
 # Until the switch has relearned, acknowledgements go to the old host. A restored connection has no idea of its
 # round-trip time and would wait a whole second for them: it asks, after these times, as long as one is due.
 _PROBE_AFTER_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
+# An access that takes longer has waited for its page: a page that is here takes less than 5 us, from far at least 60
+_WAIT_US = 30
 _MAGIC = 0x564D_4F54_4947_5354
 _FILL_CHUNK = 16 * 2**20
 
@@ -94,72 +101,134 @@ class Memory:
 class LightGuest:
     """The program: one loop, one thread. `running` is the virtual CPU's state."""
 
-    def __init__(self, control: socket.socket, ram: Ram) -> None:
-        self.control, self.ram = control, ram
+    def __init__(self, listener: socket.socket, ram: Ram) -> None:
+        self.ram = ram
+        self.tracking, self.userfaults = arm(ram)
+        self.pidfd = os.pidfd_open(os.getpid())
+        self.state = "new"  # as an agent's successor is told
         self.running = False
         self.vm: VM
+        self.memo = b""
         self.memory: Memory
         self.selector = selectors.DefaultSelector()
-        self.selector.register(control, selectors.EVENT_READ, self.obey)
+        self.listener, self.control = listener, listener  # where the next word comes from: the listener, or an agent
+        self.selector.register(listener, selectors.EVENT_READ)
         self.listeners: dict[socket.socket, str] = {}
         self.connections: dict[socket.socket, Connection] = {}
         self.echo: socket.socket
         self.pending: list[tuple[bytes, tuple[str, int]]] = []
         self.frozen: list[tuple[socket.socket, sockets.TcpState | None]] = []
         self._last_tick = 0.0
+        self._throttle = 0.0  # the share of its time that the virtual CPU is kept from running
+        self._missing, self._waits_us = False, array.array("d")  # post-copy: are pages missing, and waits for them
         self._probes: list[tuple[float, socket.socket]] = []
 
-    def serve(self) -> NoReturn:
-        """Until the agent closes the channel: EOFError."""
+    def serve(self) -> None:
+        """Until an agent goes that this guest cannot do without."""
+        while True:
+            try:
+                self._work()
+            except EOFError:
+                if self.state in ("new", "awaiting"):  # nobody could ever tell it what to be
+                    return
+                relax()  # a switchover that has lost its agent is in no hurry
+                self._listen_to(self.listener)
+
+    def _work(self) -> NoReturn:
+        """Until the agent is gone: EOFError."""
         while True:
             if not self.running:
-                self.obey(self.control)
+                self._attend()
                 continue
             ready = {key.fileobj: key.data for key, _ in self.selector.select(self._until_tick())}
             if self.control in ready:  # alone: after a suspend no socket may be touched
-                self.obey(self.control)
+                self._attend()
                 continue
             for fileobj, handle in ready.items():
                 handle(fileobj)
             if self._until_tick() == 0:
                 self.tick()
+                self._stall()
+
+    def _stall(self) -> None:
+        """A throttled virtual CPU: nothing runs for its share of the time, but the agent is heard."""
+        if self._throttle:
+            worked = time.monotonic() - self._last_tick + _TICK_S
+            agent = select.poll()
+            agent.register(self.control, select.POLLIN)
+            agent.poll(worked * self._throttle / (1 - self._throttle) * 1000)
+            self._last_tick = time.monotonic()  # what was not run has not happened
 
     def _until_tick(self) -> float:
         return max(0.0, self._last_tick + _TICK_S - time.monotonic())
 
     # ------------------------------------------------------------ the agent's requests
 
-    def obey(self, control: socket.socket) -> None:
-        request = channel.receive(control)
+    def _attend(self) -> None:
+        """The agent's next request, or the next agent; EOFError if it is gone."""
+        try:
+            if self.control is self.listener:
+                self._greet()
+            else:
+                self._obey()
+        except OSError as error:
+            raise EOFError(f"the agent is gone: {error}") from error
+
+    def _greet(self) -> None:
+        agent, _ = self.listener.accept()
+        self._listen_to(agent)
+        vm = None if self.state == "new" else self.vm
+        hello = channel.Hello(os.getpid(), self.state, self.ram.address, self.tracking, vm, self.memo)
+        descriptors = [self.ram.fd, self.pidfd]
+        channel.send(agent, hello, descriptors + ([self.userfaults.fd] if self.userfaults else []))
+
+    def _listen_to(self, control: socket.socket) -> None:
+        self.selector.unregister(self.control)
+        if self.control is not self.listener:
+            self.control.close()
+        self.control = control
+        self.selector.register(control, selectors.EVENT_READ)
+
+    def _obey(self) -> None:
+        request = channel.receive(self.control)
         try:
             reply = self._do(request)
         except (TestbedError, OSError, msgspec.MsgspecError) as error:
             reply = channel.Failed(f"{type(request).__name__}: {error}")
-        channel.send(control, reply)
+        channel.send(self.control, reply)
 
     def _do(self, request: channel.Message) -> channel.Message:
         match request:
-            case channel.Boot(vm=vm):
-                ready = self._ready(vm)
+            case channel.Boot(vm=vm, memo=memo):
+                self._become(vm, memo)
                 self.memory.format()
                 self._open_services()
                 self._run()
-                return ready
-            case channel.Await(vm=vm):
-                return self._ready(vm)
+                self.state = "running"
+            case channel.Await(vm=vm, memo=memo):
+                self._become(vm, memo)
+                self.state = "awaiting"
             case channel.Suspend():
+                self.state = "suspended"
                 return channel.State(msgspec.msgpack.encode(self._suspend()))
             case channel.Restore(device=device):
                 self._restore(msgspec.msgpack.decode(device, type=DeviceState))
-                return channel.Done()
+                self.state = "restored"
             case channel.Run():
                 self._run()
-                return channel.Done()
-        raise TestbedError(f"a guest does not understand {type(request).__name__}")
+                self.state = "running"
+            case channel.Throttle(share=share):
+                self._throttle = share
+            case channel.Missing(on=on):
+                self._missing, waits = on, self._waits_us.tolist()
+                self._waits_us = array.array("d")
+                return channel.Waits(waits)
+            case _:
+                raise TestbedError(f"a guest does not understand {type(request).__name__}")
+        return channel.Done()
 
-    def _ready(self, vm: VM) -> channel.Ready:
-        self.vm, self.memory = vm, Memory(self.ram, vm)
-        return channel.Ready(self.ram.address, arm(self.ram))
+    def _become(self, vm: VM, memo: bytes) -> None:
+        self.vm, self.memo, self.memory = vm, memo, Memory(self.ram, vm)
 
     def _suspend(self) -> DeviceState:
         """Between two steps of the loop nothing is half done: all state is in RAM and in the sockets."""
@@ -339,8 +408,22 @@ class LightGuest:
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed ^= mixed >> np.uint64(31)
-        self.memory.working_set[mixed % np.uint64(pages), (mixed >> np.uint64(48)) % np.uint64(PAGE // 8)] = counters
+        places = mixed % np.uint64(pages), (mixed >> np.uint64(48)) % np.uint64(PAGE // 8)
+        if self._missing:
+            self._write_slowly(*places, counters)
+        else:
+            self.memory.working_set[places] = counters
         header[1] += np.uint64(count)
+
+    def _write_slowly(self, pages: np.ndarray, words: np.ndarray, counters: np.ndarray) -> None:
+        """One page after the other, each timed: one that is not here yet stops this virtual CPU until it has come."""
+        working_set = self.memory.working_set
+        for page, word, counter in zip(pages.tolist(), words.tolist(), counters, strict=True):
+            began = time.perf_counter()
+            working_set[page, word] = counter
+            took_us = (time.perf_counter() - began) * 1e6
+            if took_us > _WAIT_US:
+                self._waits_us.append(took_us)
 
 
 def _drain(echo: socket.socket) -> list[tuple[bytes, tuple[str, int]]]:
@@ -384,13 +467,10 @@ def _add_neighbour(ip: str, mac: str) -> None:
 
 
 def main() -> int:
-    control, ram = socket.socket(fileno=int(sys.argv[1])), Ram(int(sys.argv[2]))
+    listener, ram = socket.socket(fileno=int(sys.argv[1])), Ram.create(sys.argv[2], int(sys.argv[3]))
     gc.freeze()  # what is imported stays: collecting it would stop the virtual CPU for 10 ms
-    channel.send(control, channel.Done())  # born: in its namespaces
-    try:
-        LightGuest(control, ram).serve()
-    except EOFError:  # powered off; or the agent is gone, and a guest without one can be neither moved nor stopped
-        return 0
+    LightGuest(listener, ram).serve()
+    return 0
 
 
 if __name__ == "__main__":

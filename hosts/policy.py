@@ -1,13 +1,27 @@
-"""When to switch over: a pure function of the rounds so far.
+"""When to switch over, and how: pure functions of what has happened so far.
 
 The VM is suspended when what is still dirty would cross within the downtime target *and* another
 round would not leave much less: a round costs the guest nothing, the suspend does.
+
+A guest that writes faster than the link carries never gets there. Then, by mode and strategy:
+
+    --mode hybrid                     post-copy takes over as soon as that shows, within a round too
+    --timeout-strategy, after --timeout-s:
+        cancel                        the VM stays where it is
+        switch                        suspend now, however long the rest takes
+        throttle                      the guest is slowed, 20 %, then 10 % more at a time, up to 99 %, until it
+                                      converges (QEMU's auto-converge; vSphere's stun during page send)
+        postcopy                      post-copy takes over
 """
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 import msgspec
+
+MODES = ("precopy", "postcopy", "stop-and-copy", "hybrid")
+STRATEGIES = ("cancel", "switch", "throttle", "postcopy")
 
 # What suspend, device state, claim and resume take beside the residual pages; measured 6-10 ms on two busy CPUs.
 FIXED_MS = 8.0
@@ -18,13 +32,22 @@ _WORTH_IT, _PATIENCE = 0.75, 2
 _FLOOR_BYTES = 256 * 1024
 # Rates from shorter rounds say more about the round trip than about the link.
 _MEASURABLE_BYTES = 1 << 20
+# Of what is sent, the share that is written again meanwhile above which rounds get nowhere (QEMU's, for throttling).
+_HOPELESS = 0.5
+THROTTLE_FIRST, THROTTLE_STEP, THROTTLE_MOST = 0.20, 0.10, 0.99  # QEMU's defaults
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """`downtime_ms`: the longest downtime aimed at; `timeout_s`: when pre-copy is given up."""
+    """`downtime_ms`: the longest downtime aimed at; `timeout_s`: when the strategy takes over from plain pre-copy."""
 
     downtime_ms: float = 50.0
     timeout_s: float = 120.0
+    mode: Literal["precopy", "postcopy", "stop-and-copy", "hybrid"] = "precopy"
+    timeout_strategy: Literal["cancel", "switch", "throttle", "postcopy"] = "cancel"
+
+    @property
+    def may_postcopy(self) -> bool:
+        return self.mode in ("postcopy", "hybrid") or self.timeout_strategy == "postcopy"
 
 
 class Round(msgspec.Struct, frozen=True):
@@ -37,16 +60,31 @@ class Round(msgspec.Struct, frozen=True):
     remaining_bytes: int
 
 
+class Period(msgspec.Struct, frozen=True):
+    """A stretch of a round: what was sent, and how much more was dirty at its end than at its beginning."""
+
+    sent_bytes: int
+    dirtied_bytes: int
+
+    @property
+    def hopeless(self) -> bool:
+        return self.dirtied_bytes > self.sent_bytes * _HOPELESS
+
+
 class Action(Enum):
     CONTINUE = "another round"
     SWITCH = "switch over"
+    POSTCOPY = "post-copy"
+    THROTTLE = "throttle"
     GIVE_UP = "does not converge"
 
 
 @dataclass(frozen=True)
 class Decision:
+    """`predicted_downtime_ms` if the VM were suspended now; None as long as nothing is known of the link."""
+
     action: Action
-    predicted_downtime_ms: float
+    predicted_downtime_ms: float | None = None
 
 
 def bandwidth(rounds: list[Round]) -> float:
@@ -56,23 +94,77 @@ def bandwidth(rounds: list[Round]) -> float:
     return sum(r.bytes for r in long) / total_ms * 1000 if total_ms else 0.0
 
 
+def predict_ms(remaining_bytes: int, rate: float) -> float:
+    """The downtime with so much to send at `rate` bytes per second."""
+    if remaining_bytes == 0:
+        return FIXED_MS
+    return remaining_bytes / rate * 1000 + FIXED_MS if rate else float("inf")
+
+
+def before_rounds(policy: Policy) -> Decision:
+    """Are there any?"""
+    if policy.mode == "stop-and-copy":
+        return Decision(Action.SWITCH)
+    if policy.mode == "postcopy":
+        return Decision(Action.POSTCOPY, FIXED_MS)
+    return Decision(Action.CONTINUE)
+
+
+def after_round(policy: Policy, rounds: list[Round], elapsed_s: float, throttle: float) -> Decision:
+    """What to do after the last of `rounds`, `elapsed_s` after the first began, the guest slowed by `throttle`."""
+    last = rounds[-1]
+    predicted_ms = predict_ms(last.remaining_bytes, bandwidth(rounds))
+    fits = predicted_ms <= policy.downtime_ms
+    small = last.remaining_bytes <= _FLOOR_BYTES
+    hopeless = last.remaining_bytes > last.bytes * _HOPELESS or not _shrinking(rounds)
+    if fits and (small or not _shrinking(rounds)):
+        action = Action.SWITCH
+    elif policy.mode == "hybrid" and hopeless and not small:
+        action = Action.POSTCOPY
+    elif elapsed_s < policy.timeout_s:
+        action = Action.CONTINUE
+    elif fits:
+        action = Action.SWITCH  # out of time: good enough is good enough
+    else:
+        action = _at_timeout(policy, hopeless, throttle)
+    return Decision(action, FIXED_MS if action is Action.POSTCOPY else predicted_ms)
+
+
+def within_round(policy: Policy, periods: list[Period], elapsed_s: float, throttle: float) -> Decision:
+    """What to do in the middle of a round, after the last of its `periods`."""
+    hopeless = len(periods) >= _PATIENCE and all(period.hopeless for period in periods[-_PATIENCE:])
+    if policy.mode == "hybrid" and hopeless:
+        return Decision(Action.POSTCOPY, FIXED_MS)
+    if elapsed_s < policy.timeout_s:
+        return Decision(Action.CONTINUE)
+    if policy.timeout_strategy == "throttle" and throttle >= THROTTLE_MOST:
+        return Decision(Action.CONTINUE)  # the end of the round tells whether that was enough
+    # each step of a throttle is given one period to show
+    return Decision(_at_timeout(policy, bool(periods) and periods[-1].hopeless, throttle))
+
+
+def next_throttle(throttle: float) -> float:
+    """The step that follows."""
+    if not throttle:
+        return THROTTLE_FIRST
+    return min(round(throttle + THROTTLE_STEP, 2), THROTTLE_MOST)
+
+
+def _at_timeout(policy: Policy, hopeless: bool, throttle: float) -> Action:
+    match policy.timeout_strategy:
+        case "switch":
+            return Action.SWITCH
+        case "postcopy":
+            return Action.POSTCOPY
+        case "throttle" if throttle < THROTTLE_MOST:
+            return Action.THROTTLE if hopeless else Action.CONTINUE
+        case "throttle" if not hopeless:
+            return Action.CONTINUE
+        case _:
+            return Action.GIVE_UP
+
+
 def _shrinking(rounds: list[Round]) -> bool:
     """Did one of the last rounds leave clearly less than every round before them? Yes as long as there are too few."""
     left = [r.remaining_bytes for r in rounds]
     return len(left) <= _PATIENCE or min(left[-_PATIENCE:]) < min(left[:-_PATIENCE]) * _WORTH_IT
-
-
-def decide(policy: Policy, rounds: list[Round], elapsed_s: float) -> Decision:
-    """What to do after the last of `rounds`, `elapsed_s` after the first began."""
-    left = rounds[-1].remaining_bytes
-    rate = bandwidth(rounds)
-    if left == 0:
-        predicted_ms = FIXED_MS
-    else:
-        predicted_ms = left / rate * 1000 + FIXED_MS if rate else float("inf")
-    if predicted_ms <= policy.downtime_ms and (left <= _FLOOR_BYTES or not _shrinking(rounds)):
-        return Decision(Action.SWITCH, predicted_ms)
-    if elapsed_s >= policy.timeout_s:
-        # out of time: good enough is good enough, the rest is given up
-        return Decision(Action.SWITCH if predicted_ms <= policy.downtime_ms else Action.GIVE_UP, predicted_ms)
-    return Decision(Action.CONTINUE, predicted_ms)

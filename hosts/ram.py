@@ -13,21 +13,26 @@ writes so has to know what it wrote. Sets of pages are *runs*: an (n, 2) uint32 
 """
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
 import signal
 import struct
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from hosts.userfaults import UserFaults
 from topologies.errors import TestbedError
 
 PAGE = mmap.PAGESIZE
 NO_RUNS = np.empty((0, 2), np.uint32)
+
+_PUNCH = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, linux/falloc.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -49,9 +54,41 @@ def pages_of(runs: np.ndarray) -> np.ndarray:
     return np.concatenate([np.arange(first, end) for first, end in runs.tolist()])
 
 
+def mask_of(runs: np.ndarray, pages: int) -> np.ndarray:
+    """Runs as one boolean for each of `pages` pages."""
+    mask = np.zeros(pages, bool)
+    for first, end in runs.tolist():
+        mask[first:end] = True
+    return mask
+
+
+def runs_from(runs: np.ndarray, first: int) -> np.ndarray:
+    """What of the runs lies at or behind page `first`."""
+    kept = runs[runs[:, 1] > first].copy()
+    kept[:1, 0] = np.maximum(kept[:1, 0], first)
+    return kept
+
+
 def count(runs: np.ndarray) -> int:
     """How many pages runs hold."""
     return int((runs[:, 1].astype(np.int64) - runs[:, 0]).sum())
+
+
+def chunks(runs: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """The runs again, cut into pieces of at most `size` pages."""
+    piece: list[tuple[int, int]] = []
+    room = size
+    for run_first, end in runs.tolist():
+        first = run_first
+        while first < end:
+            step = min(end - first, room)
+            piece.append((first, first + step))
+            first, room = first + step, room - step
+            if room == 0:
+                yield np.array(piece, np.uint32)
+                piece, room = [], size
+    if piece:
+        yield np.array(piece, np.uint32)
 
 
 class Ram:
@@ -81,17 +118,30 @@ class Ram:
         """Where the mapping lies in this process."""
         return self.bytes.ctypes.data
 
-    def populated(self) -> np.ndarray:
-        """Runs of the pages that exist at all; the others are zero, and looking at them would make them exist."""
-        runs, end = [], 0
-        while True:
+    def populated(self, first: int = 0, end: int | None = None) -> np.ndarray:
+        """Runs of the pages of [first, end) that exist at all.
+
+        The others are zero, and looking at them would make them exist.
+        """
+        runs, at, stop = [], first * PAGE, (self.pages if end is None else end) * PAGE
+        while at < stop:
             try:
-                first = os.lseek(self.fd, end, os.SEEK_DATA)
-            except OSError:  # ENXIO: no data up to the end
+                data = os.lseek(self.fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # no data up to the end
+                    break
+                raise
+            if data >= stop:
                 break
-            end = os.lseek(self.fd, first, os.SEEK_HOLE)
-            runs.append((first // PAGE, -(-end // PAGE)))
+            at = min(os.lseek(self.fd, data, os.SEEK_HOLE), stop)
+            runs.append((data // PAGE, -(-at // PAGE)))
         return np.array(runs, np.uint32).reshape(-1, 2)
+
+    def punch(self, runs: np.ndarray) -> None:
+        """Make these pages not exist (fallocate(2), FALLOC_FL_PUNCH_HOLE), whoever maps them."""
+        for first, end in runs.tolist():
+            if _libc.fallocate(self.fd, _PUNCH, ctypes.c_long(first * PAGE), ctypes.c_long((end - first) * PAGE)):
+                raise TestbedError(f"guest RAM cannot be punched: {os.strerror(ctypes.get_errno())}")
 
     def views(self, runs: np.ndarray) -> list[memoryview]:
         """The content of runs, one view each."""
@@ -122,20 +172,25 @@ class PageHashes:
     def __init__(self, ram: Ram) -> None:
         self._hashes = np.full(ram.pages, self._ZERO, np.uint64)
 
-    def note(self, runs: np.ndarray, contents: list[memoryview]) -> None:
-        """These pages have this content for now: whole pages, in the order of the runs."""
+    def note(self, runs: np.ndarray, contents: list[memoryview]) -> np.ndarray:
+        """These pages have this content for now: whole pages, in the order of the runs. Returns their hashes."""
         digest = xxhash.xxh3_64_intdigest
-        self._hashes[pages_of(runs)] = [
-            digest(content[at : at + PAGE]) for content in contents for at in range(0, len(content), PAGE)
-        ]
+        hashes = np.array(
+            [digest(content[at : at + PAGE]) for content in contents for at in range(0, len(content), PAGE)], np.uint64
+        )
+        at = 0
+        for first, end in runs.tolist():
+            self._hashes[first:end] = hashes[at : at + end - first]
+            at += end - first
+        return hashes
 
     def note_zero(self, runs: np.ndarray) -> None:
         for first, end in runs.tolist():
             self._hashes[first:end] = self._ZERO
 
-    def differing(self, other: "PageHashes") -> np.ndarray:
-        """Runs of the pages whose contents differ."""
-        return runs_of(np.flatnonzero(self._hashes != other._hashes))
+    def differing(self, other: "PageHashes", first: int = 0, end: int | None = None) -> np.ndarray:
+        """Runs of the pages of [first, end) whose contents differ."""
+        return runs_of(np.flatnonzero(self._hashes[first:end] != other._hashes[first:end]) + first)
 
     def digest(self) -> str:
         return xxhash.xxh3_128_hexdigest(self._hashes.tobytes())
@@ -143,39 +198,32 @@ class PageHashes:
 
 # ---------------------------------------------------------------- tracking: the guest's side
 
-# linux/userfaultfd.h and linux/fs.h (kernel 6.7)
-_SYS_USERFAULTFD = 323
-_UFFD_API, _UFFDIO_API, _UFFDIO_REGISTER = 0xAA, 0xC018AA3F, 0xC020AA00
-_UFFD_WP_FEATURES = (
-    1 << 0 | 1 << 12 | 1 << 13 | 1 << 15
-)  # PAGEFAULT_FLAG_WP, WP_HUGETLBFS_SHMEM, WP_UNPOPULATED, WP_ASYNC
-_UFFD_MODE_WP = 2
+# linux/fs.h (kernel 6.7)
 _PAGEMAP_SCAN = 0xC0606610
 _PAGE_IS_WRITTEN = 2
 _PM_SCAN_WP_MATCHING, _PM_SCAN_CHECK_WPASYNC = 1, 2
 _SOFT_DIRTY_BIT = 55
 
 
-def arm(ram: Ram) -> str:
-    """Let the kernel track this process's writes to `ram`; returns the way to read them (see the module)."""
-    if _arm_wp_async(ram):
-        return "wp-async"
-    return "soft-dirty" if _soft_dirty_works() else "hash"
+def arm(ram: Ram) -> tuple[str, UserFaults | None]:
+    """Let the kernel track this process's writes to `ram`: the way to read them (see the module).
 
-
-def _arm_wp_async(ram: Ram) -> bool:
-    fd = _libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
-    if fd < 0:
-        return False
+    Also the userfaultfd on it, to be kept as long as the guest lives; None if this kernel has none.
+    """
     try:
-        fcntl.ioctl(fd, _UFFDIO_API, bytearray(struct.pack("QQQ", _UFFD_API, _UFFD_WP_FEATURES, 0)), True)
-        fcntl.ioctl(fd, _UFFDIO_REGISTER, bytearray(struct.pack("QQQQ", ram.address, ram.size, _UFFD_MODE_WP, 0)), True)
-        # tracked as long as fd stays open, that is as long as this process lives; an older kernel fails here
-        WpAsyncBitmap(os.getpid(), ram.address, ram.size).peek()
-    except OSError:
-        os.close(fd)
-        return False
-    return True
+        userfaults = UserFaults.open(ram.address, ram.size)
+    except TestbedError:
+        userfaults = None
+    if userfaults is not None and userfaults.tracks_writes:
+        try:
+            userfaults.watch_writes()
+            WpAsyncBitmap(os.getpid(), ram.address, ram.size).peek()  # an older kernel fails here
+        except OSError:
+            userfaults.tracks_writes = False
+            userfaults.unwatch()
+        else:
+            return "wp-async", userfaults
+    return "soft-dirty" if _soft_dirty_works() else "hash", userfaults
 
 
 def _soft_dirty_works() -> bool:
@@ -208,8 +256,8 @@ class DirtyBitmap(ABC):
         self.take()
 
     @abstractmethod
-    def take(self) -> np.ndarray:
-        """Runs of the dirty pages; they count as clean from the moment at which they were read."""
+    def take(self, first: int = 0, end: int | None = None) -> np.ndarray:
+        """Runs of the dirty pages of [first, end); they count as clean from the moment at which they were read."""
 
     @abstractmethod
     def peek(self) -> np.ndarray:
@@ -227,18 +275,19 @@ class WpAsyncBitmap(DirtyBitmap):
         self._first, self._end = address, address + size
         self._regions = np.zeros(1 << 14, self._REGION)
 
-    def take(self) -> np.ndarray:
-        return self._scan(_PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC)
+    def take(self, first: int = 0, end: int | None = None) -> np.ndarray:
+        return self._scan(_PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC, first, end)
 
     def peek(self) -> np.ndarray:
-        return self._scan(_PM_SCAN_CHECK_WPASYNC)
+        return self._scan(_PM_SCAN_CHECK_WPASYNC, 0, None)
 
-    def _scan(self, flags: int) -> np.ndarray:
-        found, at = [], self._first
-        while at < self._end:
+    def _scan(self, flags: int, first: int, end: int | None) -> np.ndarray:
+        found, at = [], self._first + first * PAGE
+        stop = self._end if end is None else self._first + end * PAGE
+        while at < stop:
             vector = (self._regions.ctypes.data, len(self._regions))
             masks = (0, 0, _PAGE_IS_WRITTEN, 0, _PAGE_IS_WRITTEN)  # max_pages, inverted, mask, any-of, return
-            argument = bytearray(self._SCAN.pack(self._SCAN.size, flags, at, self._end, 0, *vector, *masks))
+            argument = bytearray(self._SCAN.pack(self._SCAN.size, flags, at, stop, 0, *vector, *masks))
             filled = int(fcntl.ioctl(self._pagemap, _PAGEMAP_SCAN, argument, True))
             walked = int(self._SCAN.unpack(argument)[4])
             if filled:
@@ -257,30 +306,40 @@ class WpAsyncBitmap(DirtyBitmap):
 
 
 class SoftDirtyBitmap(DirtyBitmap):
-    """pagemap bit 55. Reading and clearing are two steps: the guest is stopped for both."""
+    """pagemap bit 55. Reading and clearing are two steps: the guest is stopped for both.
+
+    The kernel clears all of it or nothing: what was cleared and not asked for yet is kept here.
+    """
 
     def __init__(self, pid: int, address: int, size: int) -> None:
         self._pid, self._address, self._size = pid, address, size
+        self._kept = np.zeros(size // PAGE, bool)
 
-    def take(self) -> np.ndarray:
+    def take(self, first: int = 0, end: int | None = None) -> np.ndarray:
         os.kill(self._pid, signal.SIGSTOP)
         try:
             while (state := Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[0]) not in "TtZX":
                 os.sched_yield()
             if state in "ZX":
                 raise TestbedError(f"the guest process {self._pid} has ended")
-            dirty = self.peek()
+            self._kept |= self._written()
             self.clear()
         finally:
             os.kill(self._pid, signal.SIGCONT)
-        return dirty
+        taken = np.zeros_like(self._kept)
+        taken[first:end] = self._kept[first:end]
+        self._kept[first:end] = False
+        return runs_of(np.flatnonzero(taken))
 
     def peek(self) -> np.ndarray:
+        return runs_of(np.flatnonzero(self._kept | self._written()))
+
+    def _written(self) -> np.ndarray:
         with open(f"/proc/{self._pid}/pagemap", "rb", buffering=0) as pagemap:
             entries = np.frombuffer(
                 os.pread(pagemap.fileno(), self._size // PAGE * 8, self._address // PAGE * 8), np.uint64
             )
-        return runs_of(np.flatnonzero(entries >> np.uint64(_SOFT_DIRTY_BIT) & np.uint64(1)))
+        return (entries >> np.uint64(_SOFT_DIRTY_BIT) & np.uint64(1)).astype(bool)
 
     def clear(self) -> None:
         Path(f"/proc/{self._pid}/clear_refs").write_text("4")
@@ -300,13 +359,13 @@ class HashBitmap(DirtyBitmap):
     def begin(self, sent: PageHashes) -> None:
         self._sent = sent
 
-    def take(self) -> np.ndarray:
-        return self.peek()
+    def take(self, first: int = 0, end: int | None = None) -> np.ndarray:
+        now, populated = PageHashes(self._ram), self._ram.populated(first, end)
+        now.note(populated, self._ram.views(populated))
+        return now.differing(self._sent, first, end)
 
     def peek(self) -> np.ndarray:
-        now, populated = PageHashes(self._ram), self._ram.populated()
-        now.note(populated, self._ram.views(populated))
-        return now.differing(self._sent)
+        return self.take()
 
 
 def open_bitmap(tracking: str, pid: int, address: int, ram: Ram) -> DirtyBitmap:

@@ -1,29 +1,55 @@
 """An outgoing migration, phase by phase. Paused on success, resumed on failure.
 
-greet         HELLO, WELCOME
-precopy       rounds from the dirty bitmap until the policy says so
-suspend       SUSPENDING; gate shut, guest stopped
-residual      the pages written since the last round
-hand_over     device state, TCP connections, digest of RAM
-conclude      RESUMED: the VM is gone from here; silence: the datastore decides
+greet            HELLO, WELCOME; further connections
+precopy          rounds until the policy says so (hosts/precopy.py); none for stop-and-copy and post-copy
+suspend          SUSPENDING; gate shut, guest stopped
+
+pre-copy's ending, stop-and-copy                        post-copy's ending
+  residual       the pages written since                  list_missing   the bitmap of those pages
+  hand_over      devices, TCP, digest of RAM              entrust        devices, TCP
+                                                          serve          after RESUMED: the pages, until COMPLETE
+
+conclude         RESUMED: the VM is gone from here; silence: the datastore decides
 """
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 import numpy as np
 
 from hosts.datastore import DatastoreError
+from hosts.feed import Feed
 from hosts.machine import Machine
-from hosts.policy import Action, Decision, Policy, Round, decide
-from hosts.protocol import MAJOR, MINOR, Hello, Kind, Resumed, State, negotiate
-from hosts.ram import PAGE, PageHashes, count
+from hosts.policy import Action, Policy, Round
+from hosts.postcopy import Server
+from hosts.precopy import PreCopy, Progress
+from hosts.protocol import (
+    CHUNK_PAGES,
+    MAJOR,
+    MINOR,
+    AllSent,
+    Complete,
+    Hello,
+    Join,
+    Kind,
+    Resumed,
+    State,
+    encode_bitmap,
+    negotiate,
+)
+from hosts.ram import PageHashes, chunks, count, runs_of
 from hosts.stream import Stream, StreamLost
+from hosts.transport import Transport
 from hosts.urgency import hurried
 from topologies.errors import TestbedError
 
 _TELL_EVERY_S = 0.1
+# A switchover that takes longer does not hurry: everything else would stand still
+_HURRY_MS = 500.0
 # A source that cannot tell who owns the VM asks the datastore this often, and for so long.
 _ASK_EVERY_S, _ASK_FOR_S = 0.5, 60.0
 
@@ -32,15 +58,17 @@ class MigrationFailed(TestbedError):
     """The migration ended; the message says why and where the VM is."""
 
 
-class Progress(msgspec.Struct, frozen=True):
-    """A round under way: `done_pages` of `pages` are sent; at its end its figures and what the policy made of them."""
+class VmLost(TestbedError):
+    """The hosts lost each other while the VM needed both: it has to be started again."""
 
-    number: int
+
+class PostCopy(msgspec.Struct, frozen=True):
+    """Pages that crossed after the resume; `fault_us`: each wait of the guest for one, as the guest saw it."""
+
     pages: int
-    done_pages: int
-    round: Round | None = None
-    predicted_downtime_ms: float | None = None
-    decision: str = ""
+    ms: float
+    faults: int
+    fault_us: list[float]
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -49,120 +77,117 @@ class Outcome(msgspec.Struct, frozen=True):
     rounds: list[Round]
     residual_pages: int
     bytes_on_wire: int
-    predicted_downtime_ms: float
+    predicted_downtime_ms: float | None
     source_digest: str
     destination_digest: str
     generation: int
+    zero_pages: int = 0
+    throttles: list[float] = []
+    packed: bool = False
+    postcopy: PostCopy | None = None
 
 
 class OutgoingMigration:
-    """Moves `machine` over `stream`. `cancelled()` is asked until the switchover; `report` hears of each."""
+    """Moves `machine`. `connect(role)` makes a connection to the destination; `report` hears of each step."""
 
     def __init__(
         self,
         machine: Machine,
         migration: str,
-        stream: Stream,
+        connect: Callable[[str], Stream],
         policy: Policy,
+        transport: Transport,
         report: Callable[[Progress], None],
-        cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.machine, self.migration, self.stream, self.policy = machine, migration, stream, policy
-        self.report, self.cancelled = report, cancelled
+        self.machine, self.migration = machine, migration
+        self.policy, self.transport, self.report = policy, transport, report
         self.ram, self.bitmap = machine.guest.ram, machine.guest.bitmap
         self.hashes = PageHashes(self.ram)
-        self.rounds: list[Round] = []
-        self.decision: Decision
         self.residual_pages = 0
         self.digest = ""
+        self.postcopy: PostCopy | None = None
+        self._connect = connect
+        self._cancelled = threading.Event()
+        self._streams: list[Stream] = []  # the first is the main one
+        self._precopy: PreCopy | None = None
+        self._server: Server | None = None
+
+    def cancel(self) -> None:
+        """Give up, from another thread, at any moment before the point of no return; later nothing happens."""
+        self._cancelled.set()
+        for stream in self._streams[:1]:
+            if stream.session.state in ("greeting", "round_ended", "handed_over", "entrusted"):  # it waits
+                stream.interrupt()
 
     def run(self, token: str) -> Outcome:
-        """MigrationFailed if the VM stays here (it runs again by then).
+        """MigrationFailed if the VM stays here (it runs again by then), VmLost if nobody can go on with it.
 
         Whatever the error, a bug of ours or a full disk included, the VM must run somewhere in the end.
         """
-        try:
-            self.greet(token)
-            self.precopy()
-        except Exception as error:
-            self._give_up(error)
-            raise MigrationFailed(f"VM {self.machine.vm.name} stays on {self._here}: {error}") from error
-        try:
-            with hurried():
-                self.suspend()
-                self.residual()
-                self.hand_over()
-                resumed: Resumed = self.stream.expect(Kind.RESUMED)
-        except Exception as error:
-            self._settle(error)
-            resumed = Resumed(self.machine.generation + 1, "")
-        return self.conclude(resumed)
+        with contextlib.ExitStack() as connections:
+            try:
+                self.greet(token, connections)
+                self.precopy()
+            except Exception as error:
+                self._give_up(error)
+                said = self._said(error)
+                raise MigrationFailed(f"VM {self.machine.vm.name} stays on {self._here}: {said}") from error
+            try:
+                with hurried() if self._short else contextlib.nullcontext():
+                    self.suspend()
+                    if self._by_postcopy:
+                        self.list_missing()
+                        self.entrust()
+                    else:
+                        self.residual()
+                        self.hand_over()
+                    resumed: Resumed = self.stream.expect(Kind.RESUMED)
+            except Exception as error:
+                self._settle(error)
+                resumed = Resumed(self.machine.generation + 1, "")
+            if self._server is not None:
+                resumed = self.serve(self._server, resumed)
+            return self.conclude(resumed)
 
     # ------------------------------------------------------------ the phases
 
-    def greet(self, token: str) -> None:
-        self.stream.send(Hello(MAJOR, MINOR, self.migration, token, self.ram.size))
+    def greet(self, token: str, connections: contextlib.ExitStack) -> None:
+        def connect(role: str) -> Stream:
+            stream = connections.enter_context(self._connect(role))
+            self._streams.append(stream)
+            return stream
+
+        def join(purpose: Literal["pages", "faults"]) -> Stream:
+            stream = connect("sender")
+            stream.send(Join(MAJOR, MINOR, self.migration, token, purpose))
+            stream.expect(Kind.WELCOME)
+            return stream
+
+        self.stream = connect("source")
+        self.stream.send(Hello(MAJOR, MINOR, self.migration, token, self.ram.size, self.policy.mode))
         welcome = self.stream.expect(Kind.WELCOME)
         negotiate(welcome.major, welcome.minor)
+        lanes = [join("pages") for _ in range(self.transport.streams)] if self.transport.streams > 1 else [self.stream]
+        if self.transport.bandwidth_limit:
+            for lane in lanes:
+                lane.limit(self.transport.bandwidth_limit / len(lanes))
+        copies = self.bitmap.needs_copies
+        self.feed = Feed(self.ram, self.hashes, lanes, self.transport.compress, copies=copies)
+        connections.callback(self.feed.close)
+        self._faults = join("faults") if self.policy.may_postcopy else None
 
     def precopy(self) -> None:
-        self.started = time.monotonic()
-        self.bitmap.begin(self.hashes)  # from here on, every write is a page to send again
-        dirty = self.ram.populated()
-        while True:
-            self._round(dirty)
-            self.decision = decide(self.policy, self.rounds, time.monotonic() - self.started)
-            number, predicted_ms = len(self.rounds), self.decision.predicted_downtime_ms
-            pages = count(dirty)
-            self.report(Progress(number, pages, pages, self.rounds[-1], predicted_ms, self.decision.action.value))
-            if self.cancelled():
-                raise MigrationFailed("cancelled")
-            if self.decision.action is Action.SWITCH:
-                return
-            if self.decision.action is Action.GIVE_UP:
-                predicted = (
-                    f"the predicted downtime is {predicted_ms:.0f} ms, the target {self.policy.downtime_ms:g} ms"
-                )
-                raise MigrationFailed(self._too_slow(predicted))
-            dirty = self.bitmap.take()
-
-    def _too_slow(self, why: str) -> str:
-        remedy = "allow more time or downtime, or let the guest write less"
-        return f"does not converge within {self.policy.timeout_s:g} s: {why}; {remedy}"
-
-    def _round(self, dirty: np.ndarray) -> None:
-        number, total, bytes_before = len(self.rounds) + 1, count(dirty), self.stream.bytes_sent
-        told = time.monotonic()
-
-        def between_chunks(done: int) -> None:
-            nonlocal told
-            if self.cancelled():
-                raise MigrationFailed("cancelled")
-            if time.monotonic() - self.started > self.policy.timeout_s:
-                raise MigrationFailed(self._too_slow(f"round {number} has not ended"))
-            if time.monotonic() - told >= _TELL_EVERY_S:
-                told = time.monotonic()
-                self.report(Progress(number, total, done))
-
-        began = self._emit("round.begin", round=number)
-        pages, zero = self._send(dirty, number, between_chunks)
-        self.stream.mark(Kind.ROUND_END, number)
-        self.stream.expect(Kind.ROUND_ACK)
-        ended = time.monotonic_ns()
-        remaining = count(self.bitmap.peek()) * PAGE
-        figures = Round(pages, zero, self.stream.bytes_sent - bytes_before, (ended - began) / 1e6, remaining)
-        self.rounds.append(figures)
-        self._emit("round.end", round=number, **msgspec.structs.asdict(figures), t=ended)
-
-    def _send(
-        self, runs: np.ndarray, number: int, between_chunks: Callable[[int], None] = lambda done: None
-    ) -> tuple[int, int]:
-        copies = self.bitmap.needs_copies
-        return self.stream.send_runs(self.ram, runs, number, self.hashes, between_chunks, copies=copies)
+        self._precopy = PreCopy(self.machine, self.migration, self.policy, self.feed, self._end_round, self.report)
+        decision = self._precopy.run(self._check_cancelled)
+        if decision.action is Action.GIVE_UP:
+            raise MigrationFailed(self._too_slow())
+        if self._by_postcopy and self._rounds.rounds:
+            # the destination makes room for what has to come again, while the guest still runs
+            self.stream.send_bitmap(encode_bitmap(self._rounds.still_due(self.bitmap.peek())))
 
     def suspend(self) -> None:
         self._emit("vm.suspending")
-        self.stream.mark(Kind.SUSPENDING, len(self.rounds) + 1)
+        self.stream.mark(Kind.SUSPENDING, self._next_round)
         self.machine.announcer.silence()
         self.machine.port.shut()
         self._emit("gate.shut")
@@ -170,57 +195,171 @@ class OutgoingMigration:
         self._emit("vm.suspended")
 
     def residual(self) -> None:
-        dirty = self.bitmap.take()
-        self.machine.guest.check()  # the kernel calls the pages of a process that has ended clean
-        pages, _ = self._send(dirty, len(self.rounds) + 1)
-        self.residual_pages = pages
-        self._emit("residual.sent", pages=pages)
+        """All that is left crosses while nothing runs."""
+        left = runs_of(np.flatnonzero(self._left_at_suspend()))
+        done, told = 0, time.monotonic()
+        for chunk in chunks(left, CHUNK_PAGES):
+            self._check_cancelled()
+            self.feed.send(chunk, self._next_round)
+            done += count(chunk)
+            if time.monotonic() - told > _TELL_EVERY_S:
+                told = time.monotonic()
+                self._rounds.tell("switchover", self._next_round, count(left), done)
+        self.feed.flush(self._next_round)
+        self.residual_pages = done
+        self._emit("residual.sent", pages=done)
 
     def hand_over(self) -> None:
+        self._check_cancelled()
         self.digest = self.hashes.digest()
         self.stream.send(State(self.device, self.digest))
         self._emit("state.sent", bytes=len(self.device), ram_digest=self.digest)
 
+    def list_missing(self) -> None:
+        self._missing = self._left_at_suspend()
+        self.feed.flush(self._next_round)
+        self.stream.send_bitmap(encode_bitmap(self._missing))
+        self._emit("bitmap.sent", pages=int(self._missing.sum()))
+
+    def entrust(self) -> None:
+        self._check_cancelled()
+        if self._faults is None:
+            raise MigrationFailed("post-copy needs a connection for faults")
+        # the guest's restoring touches pages already
+        self._server = Server(self.ram, self._missing, self.hashes, self.stream, self._faults)
+        self.stream.send(State(self.device, ""))
+        self._emit("state.sent", bytes=len(self.device), ram_digest="")
+
+    def serve(self, server: Server, resumed: Resumed) -> Resumed:
+        """The VM runs elsewhere, and needs us until its RAM is whole there."""
+        pages, began = int(self._missing.sum()), self._emit("postcopy.begin", generation=resumed.generation)
+        self._rounds.tell("post-copy", pages=pages)
+        try:
+            server.push()
+            self.digest = self.hashes.digest()
+            self.stream.send(AllSent(self.digest))
+            complete: Complete = self.stream.expect(Kind.COMPLETE)
+        except Exception as error:
+            if self.stream.session.may("lost"):
+                self.stream.session.step("lost")
+            self._emit("vm.lost", reason=str(error))
+            raise self._lost(error) from error
+        finally:
+            server.close()
+        ended = self._emit("postcopy.end", pages=pages, faults=complete.faults)
+        self.postcopy = PostCopy(pages, (ended - began) / 1e6, complete.faults, complete.fault_us)
+        return msgspec.structs.replace(resumed, ram_digest=complete.ram_digest)
+
     def conclude(self, resumed: Resumed) -> Outcome:
         self._emit("migration.handed_over", generation=resumed.generation)
         return Outcome(
-            rounds=self.rounds,
+            rounds=self._rounds.rounds,
             residual_pages=self.residual_pages,
-            bytes_on_wire=self.stream.bytes_sent,
-            predicted_downtime_ms=self.decision.predicted_downtime_ms,
+            bytes_on_wire=sum(stream.bytes_sent for stream in self._streams),
+            predicted_downtime_ms=self._rounds.decision.predicted_downtime_ms,
             source_digest=self.digest,
             destination_digest=resumed.ram_digest,
             generation=resumed.generation,
+            zero_pages=self.feed.zero,
+            throttles=self._rounds.throttles,
+            packed=self.feed.packs,
+            postcopy=self.postcopy,
         )
+
+    # ------------------------------------------------------------ parts of phases
+
+    def _end_round(self, number: int) -> None:
+        self.feed.flush(number)
+        self.stream.mark(Kind.ROUND_END, number)
+        self.stream.expect(Kind.ROUND_ACK)
+
+    def _left_at_suspend(self) -> np.ndarray:
+        left = self._rounds.still_due(self.bitmap.take())
+        self.machine.guest.check()  # the kernel calls the pages of a process that has ended clean
+        return left
+
+    @property
+    def _rounds(self) -> PreCopy:
+        if self._precopy is None:
+            raise MigrationFailed("no round has begun")
+        return self._precopy
+
+    @property
+    def _next_round(self) -> int:
+        return len(self._rounds.rounds) + 1
+
+    @property
+    def _by_postcopy(self) -> bool:
+        return self._rounds.decision.action is Action.POSTCOPY
+
+    @property
+    def _short(self) -> bool:
+        predicted_ms = self._rounds.decision.predicted_downtime_ms
+        return predicted_ms is not None and predicted_ms <= _HURRY_MS
 
     # ------------------------------------------------------------ failure
 
+    def _check_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise MigrationFailed("cancelled")
+
+    def _said(self, error: Exception) -> str:
+        """A cancel may have broken a wait, which then looks like a lost connection."""
+        return "cancelled" if self._cancelled.is_set() else str(error)
+
+    def _too_slow(self) -> str:
+        predicted_ms = self._rounds.decision.predicted_downtime_ms
+        why = f"round {len(self._rounds.rounds)} has not ended"
+        if predicted_ms is not None:
+            why = f"the predicted downtime is {predicted_ms:.0f} ms, the target {self.policy.downtime_ms:g} ms"
+        remedy = "allow more time or downtime, take another --timeout-strategy, or let the guest write less"
+        return f"does not converge within {self.policy.timeout_s:g} s: {why}; {remedy}"
+
+    def _lost(self, error: Exception) -> VmLost:
+        name = self.machine.vm.name
+        return VmLost(f"VM {name} had left {self._here} without all of its RAM: {error}; power it on again")
+
     def _give_up(self, error: Exception) -> None:
-        if isinstance(error, StreamLost) and self.stream.session.may("lost"):
-            self.stream.session.step("lost")
-        else:
-            self.stream.abort(str(error))
-        self._emit("migration.aborted", reason=str(error))
+        """Before the hand-over: the destination forgets the VM, which has its full speed again here."""
+        for stream in self._streams[:1]:
+            if isinstance(error, StreamLost) and not self._cancelled.is_set() and stream.session.may("lost"):
+                stream.session.step("lost")
+            else:
+                stream.abort(self._said(error))
+        self._restore_speed()
+        self._emit("migration.aborted", reason=self._said(error))
+
+    def _restore_speed(self) -> None:
+        """Of a guest that is not suspended; a dead one has none."""
+        if self._precopy is not None:
+            with contextlib.suppress(TestbedError):
+                self._precopy.restore_speed()
 
     def _settle(self, error: Exception) -> None:
         """After the suspend. Returns if the destination owns the VM; else resumes it here and raises."""
         session, machine = self.stream.session, self.machine
-        if session.state == "suspended":
-            self._give_up(error)
-        elif session.state == "handed_over":
+        if session.state in ("done", "serving"):  # it said RESUMED, and something of ours went wrong behind it
+            return
+        if session.state in ("handed_over", "entrusted"):
             session.step("lost")  # whatever happened: only its ABORT says that the destination has not claimed
             if not self._claim_back():
                 session.step("claim lost")
                 self._emit("migration.settled", owner="destination", reason=str(error))
-                return
+                if self._server is None:
+                    return
+                self._server.close()
+                raise self._lost(error) from error
             session.step("claim")
             machine.generation += 1
-        elif session.state == "done":  # it said RESUMED, and something of ours went wrong behind it
-            return
-        machine.port.open()
+        else:
+            self._give_up(error)
+        if self._server is not None:
+            self._server.close()
         machine.guest.run()
+        self._restore_speed()
+        machine.port.open()
         self._emit("vm.resumed_at_source", generation=machine.generation)
-        raise MigrationFailed(f"VM {machine.vm.name} runs again on {self._here}: {error}") from error
+        raise MigrationFailed(f"VM {machine.vm.name} runs again on {self._here}: {self._said(error)}") from error
 
     def _claim_back(self) -> bool:
         """Take the next generation ourselves: if that succeeds the destination never can. Suspended until then."""

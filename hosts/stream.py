@@ -1,16 +1,19 @@
 """The vMotion stream on a socket: frames by the protocol, pages straight out of and into guest RAM."""
 
 import socket
-from collections.abc import Callable, Iterator
+import ssl
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from hosts.packing import unpack
 from hosts.protocol import (
-    CHUNK_PAGES,
     HEADER,
+    PACKED,
+    PLAIN,
     Abort,
+    Flag,
     Header,
     Kind,
     RemoteProtocolError,
@@ -21,11 +24,14 @@ from hosts.protocol import (
     parse_header,
     parse_runs,
 )
-from hosts.ram import PAGE, PageHashes, Ram, count, pages_of, runs_of
+from hosts.ram import PAGE, PageHashes, Ram, count
 from topologies.errors import TestbedError
 
 # A peer that is silent for so long is taken for gone: a cut cable tells nothing.
 PEER_TIMEOUT_S = 5.0
+_SO_MAX_PACING_RATE = 47  # asm-generic/socket.h; bytes/s, kept by TCP itself
+# Messages whose body is read by whoever knows what to do with it
+_RAW = (Kind.PAGES, Kind.ZERO, Kind.FETCH, Kind.BITMAP)
 
 
 class StreamLost(TestbedError):
@@ -37,41 +43,81 @@ class PeerAborted(TestbedError):
 
 
 class Stream:
-    """One side of a migration's connection. Every frame sent or received is a step of its session."""
+    """One side of one connection of a migration. Every frame sent or received is a step of its session."""
 
-    def __init__(self, sock: socket.socket, session: Session) -> None:
-        sock.settimeout(PEER_TIMEOUT_S)
+    def __init__(self, sock: socket.socket, session: Session, timeout_s: float = PEER_TIMEOUT_S) -> None:
+        sock.settimeout(timeout_s)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self.session = sock, session
+        self._socket, self.session, self._timeout_s = sock, session, timeout_s
         self.bytes_sent = 0
+
+    @property
+    def encrypted(self) -> bool:
+        return isinstance(self._socket, ssl.SSLSocket)
+
+    def limit(self, bits_per_s: float) -> None:
+        """Send no faster than this from now on."""
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, int(bits_per_s / 8))
+
+    def keep_queue_short(self, size: int) -> None:
+        """Let at most so many bytes wait in this host for the cable: what another connection sends gets its turn."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
 
     # ------------------------------------------------------------ messages
 
     def send(self, body: msgspec.Struct) -> None:
         kind, data = encode_body(body)
-        self._send_frame(kind, 0, 0, [memoryview(data)])
+        self._send_frame(kind, [memoryview(data)])
 
     def mark(self, kind: Kind, round_number: int) -> None:
         """ROUND_END, ROUND_ACK and SUSPENDING: a header is all."""
-        self._send_frame(kind, round_number, 0, [])
+        self._send_frame(kind, [], round_number)
+
+    def send_bitmap(self, bitmap: bytes) -> None:
+        self._send_frame(Kind.BITMAP, [memoryview(bitmap)])
+
+    def send_runs(self, kind: Kind, runs: np.ndarray, round_number: int = 0) -> None:
+        """ZERO and FETCH: the numbers of pages."""
+        self._send_frame(kind, [memoryview(encode_runs(runs))], round_number, count(runs), len(runs))
+
+    def send_pages(
+        self,
+        runs: np.ndarray,
+        content: list[memoryview],
+        round_number: int = 0,
+        hashes: bytes = b"",
+        packing: Flag = PLAIN,
+    ) -> None:
+        """These pages with this content; `hashes` as protocol.encode_hashes makes them, or none."""
+        flags = packing | (Flag.HASHED if hashes else PLAIN)
+        head = encode_runs(runs) + hashes
+        self._send_frame(Kind.PAGES, [memoryview(head), *content], round_number, count(runs), len(runs), flags)
 
     def receive(self) -> tuple[Header, Any]:
-        """The next message and its decoded body; for PAGES and ZERO the caller fetches the body."""
-        header = parse_header(self._exactly(HEADER.size))
-        if header.kind in (Kind.PAGES, Kind.ZERO) or not self.session.may(f"receive {header.kind.name}"):
+        """The next message and its decoded body; for PAGES, ZERO, FETCH and BITMAP the caller fetches the body."""
+        return self._receive_behind(parse_header(self.exactly(HEADER.size)))
+
+    def receive_opening(self, sessions: dict[Kind, Session]) -> Any:
+        """The first message, which tells what kind of connection this is: its session is chosen by it."""
+        header = parse_header(self.exactly(HEADER.size))
+        self.session = sessions.get(header.kind, self.session)
+        return self._receive_behind(header)[1]
+
+    def _receive_behind(self, header: Header) -> tuple[Header, Any]:
+        if header.kind in _RAW or not self.session.may(f"receive {header.kind.name}"):
             self.session.received(header)  # which refuses what is not allowed, before its body is read
             return header, None
-        body = parse_body(header.kind, self._exactly(header.length))
+        body = parse_body(header.kind, self.exactly(header.length))
         self.session.received(header)  # half a message is none: RESUMED and STATE decide who runs the VM
         if isinstance(body, Abort):
             raise PeerAborted(body.reason)
         return header, body
 
-    def expect(self, kind: Kind) -> Any:
-        """The next message's body, which must be of this kind."""
+    def expect(self, *kinds: Kind) -> Any:
+        """The next message's body, which must be of one of these kinds."""
         header, body = self.receive()
-        if header.kind is not kind:
-            raise RemoteProtocolError(f"{header.kind.name} where {kind.name} was due")
+        if header.kind not in kinds:
+            raise RemoteProtocolError(f"{header.kind.name} where {kinds[0].name} was due")
         return body
 
     def abort(self, reason: str) -> None:
@@ -82,61 +128,58 @@ class Stream:
             except StreamLost:
                 return  # then the peer notices by itself
 
-    # ------------------------------------------------------------ pages
-
-    def send_runs(
-        self,
-        ram: Ram,
-        runs: np.ndarray,
-        round_number: int,
-        hashes: PageHashes,
-        between_chunks: Callable[[int], None] = lambda done: None,
-        *,
-        copies: bool = False,
-    ) -> tuple[int, int]:
-        """Send these pages, zero ones by their number only; returns (pages sent, zero pages).
-
-        `between_chunks` hears how many pages are done, and may raise. With `copies`, what is hashed and what
-        is sent is one copy; else the guest may write in between, which its bitmap knows.
-        """
-        sent = zero = 0
-        for chunk in _chunks(runs):
-            between_chunks(sent + zero)
-            pages = pages_of(chunk)
-            copy = ram.words[pages] if copies else None  # (indexing by an array copies)
-            full = ram.nonzero(pages) if copy is None else copy.any(axis=1)
-            if not full.all():
-                empty = runs_of(pages[~full])
-                zero += count(empty)
-                hashes.note_zero(empty)
-                self._send_frame(Kind.ZERO, round_number, count(empty), [memoryview(encode_runs(empty))])
-                chunk = runs_of(pages[full])
-            if len(chunk):
-                sent += count(chunk)
-                contents = ram.views(chunk) if copy is None else [memoryview(copy[full]).cast("B")]
-                hashes.note(chunk, contents)
-                self._send_frame(Kind.PAGES, round_number, count(chunk), [memoryview(encode_runs(chunk)), *contents])
-        return sent, zero
+    def receive_runs(self, header: Header, ram_pages: int) -> np.ndarray:
+        """The table of PAGES, ZERO or FETCH."""
+        return parse_runs(self.exactly(header.table_bytes), header.pages, ram_pages)
 
     def receive_pages(self, header: Header, ram: Ram, hashes: PageHashes) -> None:
-        """The body of PAGES or ZERO, into RAM."""
-        runs = parse_runs(self._exactly(header.table_bytes), header.pages, ram.pages)
+        """The body of PAGES or ZERO, into RAM that nobody uses yet."""
+        runs = self.receive_runs(header, ram.pages)
         if header.kind is Kind.ZERO:
             for first, end in runs.tolist():
                 ram.bytes[first * PAGE : end * PAGE] = 0
             hashes.note_zero(runs)
             return
-        self._into(ram.views(runs))
+        self.exactly(header.hash_bytes)
+        if header.flags & PACKED:
+            content = self.receive_content(header)
+            at = 0
+            for view in ram.views(runs):
+                view[:] = content[at : at + len(view)]
+                at += len(view)
+        else:
+            self.into(ram.views(runs))
         hashes.note(runs, ram.views(runs))
+
+    def receive_content(self, header: Header) -> memoryview:
+        """The pages of PAGES themselves, behind its table and hashes."""
+        data = self.exactly(header.content_bytes)
+        if header.flags & PACKED:
+            try:
+                data = bytearray(unpack(header.flags & PACKED, bytes(data), header.pages * PAGE))
+            except TestbedError as error:
+                raise RemoteProtocolError(str(error)) from error
+        return memoryview(data)
 
     # ------------------------------------------------------------ bytes
 
-    def _send_frame(self, kind: Kind, round_number: int, pages: int, body: list[memoryview]) -> None:
+    def _send_frame(
+        self,
+        kind: Kind,
+        body: list[memoryview],
+        round_number: int = 0,
+        pages: int = 0,
+        runs: int = 0,
+        flags: Flag = PLAIN,
+    ) -> None:
         length = sum(len(part) for part in body)
-        header = Header(kind, round_number & 0xFFFF, pages, self.session.sending(kind), length)
+        header = Header(kind, round_number & 0xFFFF, pages, runs, self.session.sending(kind), length, flags)
         pending = [memoryview(header.pack()), *body]
         self.bytes_sent += HEADER.size + length
         try:
+            if self.encrypted:  # TLS takes one buffer
+                self._socket.sendall(b"".join(pending))
+                return
             while pending:
                 sent = self._socket.sendmsg(pending)
                 while pending and sent >= len(pending[0]):
@@ -144,18 +187,20 @@ class Stream:
                 if sent:
                     pending[0] = pending[0][sent:]
         except OSError as error:
-            raise StreamLost(f"the vMotion connection broke while sending {kind.name}: {_why(error)}") from error
+            raise StreamLost(f"the vMotion connection broke while sending {kind.name}: {self._why(error)}") from error
 
-    def _exactly(self, length: int) -> bytearray:
+    def exactly(self, length: int) -> bytearray:
+        """The next `length` bytes."""
         data = bytearray(length)
         if length:
-            self._into([memoryview(data)])
+            self.into([memoryview(data)])
         return data
 
-    def _into(self, buffers: list[memoryview]) -> None:
+    def into(self, buffers: list[memoryview]) -> None:
+        """The next bytes, into all of these buffers."""
         try:
             while buffers:
-                got = self._socket.recvmsg_into(buffers)[0]
+                got = self._socket.recv_into(buffers[0]) if self.encrypted else self._socket.recvmsg_into(buffers)[0]
                 if got == 0:
                     raise StreamLost("the vMotion connection was closed by the peer")
                 while buffers and got >= len(buffers[0]):
@@ -163,33 +208,37 @@ class Stream:
                 if got:
                     buffers[0] = buffers[0][got:]
         except OSError as error:
-            raise StreamLost(f"the vMotion connection broke: {_why(error)}") from error
+            raise StreamLost(f"the vMotion connection broke: {self._why(error)}") from error
+
+    def _why(self, error: OSError) -> str:
+        if isinstance(error, TimeoutError):
+            return f"the peer was silent for {self._timeout_s:g} s"
+        return error.strerror or str(error)
+
+    @property
+    def pending(self) -> bool:
+        """Has something been received that no poll would tell of?"""
+        return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
+
+    def unlimited(self) -> None:
+        """Wait for messages as long as it takes; `interrupt` ends it."""
+        self._socket.settimeout(None)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def interrupt(self) -> None:
+        """Wake whoever waits for a message here: it has StreamLost. Sending still works."""
+        try:
+            socket.socket.shutdown(self._socket, socket.SHUT_RD)  # (an SSLSocket's own would forget the encryption)
+        except OSError:
+            return  # it has ended already
+
+    def close(self) -> None:
+        self._socket.close()
 
     def __enter__(self) -> "Stream":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.close()
-
-
-def _why(error: OSError) -> str:
-    if isinstance(error, TimeoutError):
-        return f"the peer was silent for {PEER_TIMEOUT_S:g} s"
-    return error.strerror or str(error)
-
-
-def _chunks(runs: np.ndarray) -> Iterator[np.ndarray]:
-    """The runs again, cut into pieces of at most CHUNK_PAGES pages."""
-    chunk: list[tuple[int, int]] = []
-    room = CHUNK_PAGES
-    for run_first, end in runs.tolist():
-        first = run_first
-        while first < end:
-            step = min(end - first, room)
-            chunk.append((first, first + step))
-            first, room = first + step, room - step
-            if room == 0:
-                yield np.array(chunk, np.uint32)
-                chunk, room = [], CHUNK_PAGES
-    if chunk:
-        yield np.array(chunk, np.uint32)
+        self.close()

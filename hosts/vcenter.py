@@ -20,7 +20,9 @@ from hosts import control
 from hosts.announce import SCHEDULE_MS
 from hosts.control import AgentClient, ControlError
 from hosts.policy import Policy
-from hosts.source import Outcome, Progress
+from hosts.precopy import Progress
+from hosts.source import Outcome
+from hosts.transport import Transport
 from topologies.errors import TestbedError, UsageError
 from topologies.events import EventLog
 from topologies.plan import Plan
@@ -75,7 +77,12 @@ class VCenter:
         del self.places[vm]
 
     def migrate(
-        self, vm: str, to: str, policy: Policy | None = None, progress: Callable[[Progress], None] = lambda round_: None
+        self,
+        vm: str,
+        to: str,
+        policy: Policy | None = None,
+        progress: Callable[[Progress], None] = lambda round_: None,
+        transport: Transport | None = None,
     ) -> Result:
         """Move a running VM; MigrationFailed if it stays where it is."""
         source = self._place(vm)
@@ -85,10 +92,13 @@ class VCenter:
         spec, migration = self.plan.vm(vm), f"{vm}-{secrets.token_hex(4)}"
         self.events.emit("migration.begin", vm=vm, migration=migration, source_host=source, destination_host=to)
         try:
-            ready = self.agent(to).call(control.Prepare(spec, migration, self.announce, self.schedule_ms))
+            policy, transport = policy or Policy(), transport or Transport()
+            order = control.Prepare(spec, migration, self.announce, self.schedule_ms, transport.encrypt)
+            ready = self.agent(to).call(order)
             try:
-                order = control.Migrate(vm, migration, ready["ip"], ready["port"], ready["token"], policy or Policy())
-                reply = self.agent(source).call(order, lambda note: progress(msgspec.convert(note, Progress)))
+                where = (ready["ip"], ready["port"], ready["token"])
+                move = control.Migrate(vm, migration, *where, policy, transport)
+                reply = self.agent(source).call(move, lambda note: progress(msgspec.convert(note, Progress)))
             except BaseException:
                 self._abandon(to, migration)
                 raise

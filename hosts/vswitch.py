@@ -67,6 +67,20 @@ class VmPort:
             self.remove()
             raise
 
+    @classmethod
+    def adopt(cls, vswitch: str, vm: VM, pid: int) -> "VmPort":
+        """The port as another agent has left it; built anew if that agent had taken it away already."""
+        port = cls.__new__(cls)
+        port.vm, port.name = vm, f"{vm.name}.{_VM_DEVICE}"
+        with IPRoute() as netlink:
+            found = netlink.link_lookup(ifname=port.name)
+        if not found:
+            return cls(vswitch, vm, pid)
+        state = int(Path(f"/sys/class/net/{port.name}/brport/state").read_text())
+        port.state = "open" if state == _FORWARDING else "dark"
+        port._gate = _Gate(vm, found[0])
+        return port
+
     def _build(self, netlink: IPRoute, vswitch: str, pid: int) -> None:
         (bridge,) = netlink.link_lookup(ifname=vswitch)
         peer = {"ifname": _VM_DEVICE, "address": self.vm.mac, "net_ns_pid": pid}

@@ -249,7 +249,7 @@ def test_an_oversized_line_is_refused_and_no_part_of_it_is_taken_for_an_order(te
 
 def test_a_second_power_on_is_refused_on_either_host_and_says_who_has_the_vm(testbed: Testbed) -> None:
     spec = testbed.run.plan.vm("vm1")
-    generation = testbed.vcenter.status()[here(testbed)]["vms"]["vm1"]
+    generation = testbed.vcenter.status()[here(testbed)]["vms"]["vm1"]["generation"]
     for host in HOSTS:
         with closing(agent(testbed, host)) as client:
             message = rf"host {host}: VM vm1 is running on {here(testbed)} \(generation {generation}\)"
@@ -424,10 +424,10 @@ def test_ten_migrations_leave_the_agents_as_they_were(testbed: Testbed) -> None:
     for _ in range(2):  # the first visit to a host may leave what every later one uses
         testbed.vcenter.migrate("vm1", elsewhere(testbed))
     before = settled(held)
-    generation = testbed.vcenter.status()[start]["vms"]["vm1"]
+    generation = testbed.vcenter.status()[start]["vms"]["vm1"]["generation"]
     for _ in range(10):
         assert moved(testbed.vcenter.migrate("vm1", elsewhere(testbed)))
-    assert testbed.vcenter.status()[start]["vms"]["vm1"] == generation + 10
+    assert testbed.vcenter.status()[start]["vms"]["vm1"]["generation"] == generation + 10
     eventually(lambda: held() == before, f"return to {before} from {held()}")
 
 

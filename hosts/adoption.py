@@ -1,0 +1,62 @@
+"""An agent that starts adopts the VMs that it finds: guests outlive their agent, as VMs outlive a hypervisor's agent.
+
+Whoever holds a VM's newest generation may run it, so the datastore decides about each of them:
+
+    newest generation     guest runs    suspended, or restored but never run
+    this host's           it goes on    claim the next generation; then it runs again
+    another's, or off     discarded     discarded
+
+The claim comes first because a source that died after it had handed over has a destination that may be about to
+claim: it is too late then, or we are. A guest that still awaited its state has ended together with its agent.
+"""
+
+from enum import Enum
+
+from hosts.datastore import Claim
+from hosts.machine import Machine, Site
+
+
+class Fate(Enum):
+    GOES_ON = "goes on"
+    RUNS_AGAIN = "runs again once the next generation is claimed"
+    DISCARDED = "discarded"
+
+
+def fate(newest: Claim | None, host: str, state: str) -> Fate:
+    """What becomes of a guest found on `host` in a state of hosts/channel.py."""
+    if newest is None or not newest.running or newest.host != host:
+        return Fate.DISCARDED
+    return Fate.GOES_ON if state == "running" else Fate.RUNS_AGAIN
+
+
+def adopt(site: Site, name: str) -> Machine | None:
+    """The VM, running; None if it was not ours to run. Whatever fails, the guest stays as it is, for another try."""
+    machine = Machine.adopt(site, name)
+    try:
+        return machine if _settle(machine, machine.guest.state) else None
+    except BaseException:
+        machine.let_go()
+        raise
+
+
+def _settle(machine: Machine, state: str) -> bool:
+    site, vm = machine.site, machine.vm.name
+    while True:
+        newest = site.datastore.newest(vm)
+        match fate(newest, site.host.name, state):
+            case Fate.DISCARDED:
+                machine.dismantle()
+                machine.emit("vm.discarded", state=state, owner=newest and newest.host)
+                return False
+            case Fate.GOES_ON if newest:
+                machine.generation = newest.generation
+                machine.port.open()
+                machine.emit("vm.adopted", state=state, generation=machine.generation)
+                return True
+            case Fate.RUNS_AGAIN if newest and site.datastore.claim(vm, newest.generation + 1, site.host.name):
+                machine.generation = newest.generation + 1
+                machine.port.open()
+                machine.guest.run()
+                machine.emit("vm.adopted", state=state, generation=machine.generation)
+                machine.announcer.start(lambda number, mode, frames: None)
+                return True

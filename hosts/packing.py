@@ -1,0 +1,97 @@
+"""Packing pages for slow links: zstd or lz4, chosen where it pays.
+
+Whether it pays is measured, not guessed: at the beginning of a long round some pages go packed and some
+plain, and what brought more pages across in a second is used for the rest. With a full socket buffer the
+time of a send is the link's, so this compares the link with the processor.
+"""
+
+from collections.abc import Callable
+
+import msgspec
+
+from hosts.protocol import PLAIN, Flag
+from topologies.errors import TestbedError
+
+# Longer than what socket buffers swallow at once, so that the link's speed shows
+TRIAL_PAGES = 2048
+# A packing that saves less than this is not worth the receiver's work
+_MIN_GAIN = 0.05
+_ZSTD_LEVEL = 1
+
+
+def packer(method: str) -> tuple[Flag, Callable[[bytes], bytes]]:
+    """The flag of a method and its function."""
+    if method == "zstd":
+        import zstandard
+
+        return Flag.ZSTD, zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress
+    if method == "lz4":
+        import lz4.block
+
+        return Flag.LZ4, lambda data: bytes(lz4.block.compress(data, store_size=False))
+    return PLAIN, bytes
+
+
+def unpack(flag: Flag, data: bytes, size: int) -> bytes:
+    """`size` bytes out of `data`, never more memory than that; TestbedError if it is not what was packed."""
+    try:
+        if flag is Flag.ZSTD:
+            import zstandard
+
+            # of the frame's own claim about its size nothing is believed
+            content = zstandard.ZstdDecompressor().decompressobj().decompress(data) if _declares(data, size) else b""
+        else:
+            import lz4.block
+
+            content = lz4.block.decompress(data, uncompressed_size=size)
+    except Exception as error:  # each library has errors of its own
+        raise TestbedError(f"packed pages cannot be unpacked: {error}") from error
+    if len(content) != size:
+        raise TestbedError(f"packed pages are {len(content)} bytes, not {size}")
+    return bytes(content)
+
+
+def _declares(data: bytes, size: int) -> bool:
+    import zstandard
+
+    return zstandard.get_frame_parameters(data).content_size == size
+
+
+class Trial(msgspec.Struct):
+    """Pages and seconds of one way of sending."""
+
+    pages: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self.pages / self.seconds if self.seconds else 0.0
+
+
+class Choice:
+    """Packed or plain, for the next pages of a round. Pure: `sent` tells it what happened."""
+
+    def __init__(self) -> None:
+        self._trials = {True: Trial(), False: Trial()}
+
+    def begin_round(self, pages: int) -> None:
+        """A long round tries both ways again; a short one uses what is known."""
+        if pages >= 4 * TRIAL_PAGES:
+            self._trials = {True: Trial(), False: Trial()}
+
+    def packed(self) -> bool:
+        """How the next pages go."""
+        for way in (True, False):
+            if self._trials[way].pages < TRIAL_PAGES:
+                return way
+        return self.pays
+
+    @property
+    def pays(self) -> bool:
+        return self._trials[True].rate > self._trials[False].rate * (1 + _MIN_GAIN)
+
+    def sent(self, packed: bool, pages: int, seconds: float) -> None:
+        trial = self._trials[packed]
+        if trial.pages < TRIAL_PAGES:
+            trial.pages += pages
+            trial.seconds += seconds
