@@ -63,7 +63,7 @@ def run(run: Run) -> Findings:
         seen,
         evidence,
         ram_bytes=vm.ram,
-        downtime_target_ms=options.policy.downtime_ms,
+        policy=options.policy,
         announce=options.announce,
     )
     dropped = {f"{count.node}:{count.interface}": count.dropped for count in capture.counts if count.dropped}

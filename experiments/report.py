@@ -72,15 +72,28 @@ Rows = list[tuple[str, str]]
 
 def _migration(m: dict[str, Any]) -> Rows:
     parts = "  ".join(f"{name} {ms:.1f}" for name, ms in m["downtime_parts_ms"].items())
-    aims = f"target {m['downtime_target_ms']:g}, predicted {m['downtime_predicted_ms']:.1f}"
-    return [
-        ("moved", f"{m['vm']}  {m['source']} -> {m['destination']}  {format_size(m['ram_bytes'])} RAM"),
+    target, predicted = m["downtime_target_ms"], m["downtime_predicted_ms"]
+    aims = [f"target {target:g}"] if target is not None else []
+    aims += [f"predicted {predicted:.1f}"] if predicted is not None else []
+    rows = [
+        ("moved", f"{m['vm']}  {m['source']} -> {m['destination']}  {format_size(m['ram_bytes'])} RAM  by {m['mode']}"),
         ("rounds", f"{len(m['rounds'])}, then {m['residual_pages']} pages while suspended"),
         ("on the wire", f"{format_size(m['bytes_on_wire'])}, payload at {m['goodput_mbps']:.0f} Mbit/s"),
         ("total time", f"{m['total_ms']:.0f} ms"),
-        ("downtime", f"{m['downtime_ms']:.1f} ms ({aims})"),
+        ("downtime", f"{m['downtime_ms']:.1f} ms" + (f" ({', '.join(aims)})" if aims else "")),
         ("  its parts", f"{parts} ms"),
     ]
+    if m["throttles"]:
+        rows.insert(2, ("throttled", " ".join(f"{share:.0%}" for share in m["throttles"])))
+    if m["postcopy"]:
+        rows.append(("post-copy", _postcopy(m["postcopy"])))
+    return rows
+
+
+def _postcopy(p: dict[str, Any]) -> str:
+    text = f"{p['pages']} pages in {p['ms']:.0f} ms after the resume, {p['faults']} faults"
+    waits = p["fault_us"]
+    return f"{text}, each {waits['median']:.0f} us (median; p99 {waits['p99']:.0f})" if waits else text
 
 
 def _network(n: dict[str, Any]) -> Rows:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -22,7 +23,7 @@ from experiments.children import Child
 from experiments.run import Run
 from experiments.world import PRIVATE, open_vswitch, widen_port_buffers
 from hosts.control import MANAGER, issue_certificates
-from hosts.guest import end_guests
+from hosts.guest import end_guest
 from hosts.vcenter import VCenter
 from topologies.errors import TestbedError
 from topologies.events import find, read_events
@@ -100,7 +101,7 @@ class Testbed:
         """A new agent of a host whose agent was killed; it has adopted the host's VMs when this returns."""
         before = self._listened(host)
         self._launch_agent(host)
-        self._await(f"agent-{host}", lambda: self._listened(host) > before)
+        self._await(f"agent-{host}", partial(self._has_listened, host, before + 1))
 
     # ------------------------------------------------------------ parts
 
@@ -173,7 +174,7 @@ class Testbed:
             (_GUESTS / host.name).mkdir(parents=True, exist_ok=True)
             self._launch_agent(host.name)
         for host in self.run.plan.hosts:
-            self._await(f"agent-{host.name}", lambda name=host.name: self._listened(name) > 0)
+            self._await(f"agent-{host.name}", partial(self._has_listened, host.name))
 
     def _launch_agent(self, host: str) -> None:
         words = ["hosts.agent", "--plan", str(self.run.options.plan_file), "--host", host]
@@ -186,11 +187,15 @@ class Testbed:
         """How many agents of a host have come up so far."""
         return len(find(read_events(self.run.events_file), "agent.listening", source=host))
 
+    def _has_listened(self, host: str, times: int = 1) -> bool:
+        return self._listened(host) >= times
+
     def _end_guests(self) -> None:
         """An agent ends its VMs, but one that was killed and not restarted has left them."""
         for host in self.run.plan.hosts:
-            for vm in end_guests(_GUESTS / host.name):
-                self.run.events.emit("guest.ended", host=host.name, vm=vm)
+            for home in (_GUESTS / host.name).iterdir():
+                if end_guest(home):
+                    self.run.events.emit("guest.ended", host=host.name, vm=home.stem)
 
     def _await_event(self, kind: str, source: str) -> None:
         self._await("controller", lambda: bool(find(read_events(self.run.events_file), kind, source=source)))

@@ -7,6 +7,8 @@ vm.suspending   the clock of the downtime starts, before anything is asked of th
   claim         -> generation.claimed  the point of no return
   resume        -> vm.resumed          gate open, guest runs
 downtime = vm.suspending -> vm.resumed = the sum of the parts
+
+With post-copy, "residual" is the bitmap's way; the pages cross after the resume, until postcopy.end.
 """
 
 from collections.abc import Iterable
@@ -36,7 +38,7 @@ class Timeline:
     suspended_ns: int
     resuming_ns: int
     resumed_ns: int
-    total_ms: float  # first round begun -> vm.resumed
+    total_ms: float  # rounds.begin -> vm.resumed, or the later postcopy.end
     downtime_ms: float
     parts_ms: dict[str, float]
     announced: int  # frames
@@ -58,16 +60,18 @@ def timeline(events: Iterable[Event], migration: str, mac: str) -> Timeline:
     suspending, resuming, resumed = at("vm.suspending"), at("vm.resuming"), at("vm.resumed")
     edges = [suspending, *(at(kind) for kind in PARTS.values())]
     parts = {part: (end - begin) / 1e6 for part, begin, end in zip(PARTS, edges, edges[1:], strict=False)}
+    whole = find(mine, "postcopy.end")
+    ended = int(whole[0]["t"]) if whole else resumed
     relearned = next((e for e in find(events, "mac.relearned", mac=mac) if e["t"] >= resuming), None)
     return Timeline(
         vm=str(mine[0]["vm"]),
         migration=migration,
-        begun_ns=at("round.begin"),
+        begun_ns=at("rounds.begin"),
         suspending_ns=suspending,
         suspended_ns=at("vm.suspended"),
         resuming_ns=resuming,
         resumed_ns=resumed,
-        total_ms=(resumed - at("round.begin")) / 1e6,
+        total_ms=(ended - at("rounds.begin")) / 1e6,
         downtime_ms=(resumed - suspending) / 1e6,
         parts_ms=parts,
         announced=sum(event["frames"] for event in find(mine, "announce.sent")),

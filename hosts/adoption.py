@@ -7,12 +7,15 @@ Whoever holds a VM's newest generation may run it, so the datastore decides abou
     another's, or off     discarded     discarded
 
 The claim comes first because a source that died after it had handed over has a destination that may be about to
-claim: it is too late then, or we are. A guest that still awaited its state has ended together with its agent.
+claim: it is too late then, or we are. A guest that still awaited its state has ended together with its agent; one
+with pages still to come (post-copy) cannot go on without that agent: it is ended, and the VM is off.
 """
 
 from enum import Enum
+from pathlib import Path
 
 from hosts.datastore import Claim
+from hosts.guest import end_guest, is_whole
 from hosts.machine import Machine, Site
 
 
@@ -29,14 +32,29 @@ def fate(newest: Claim | None, host: str, state: str) -> Fate:
     return Fate.GOES_ON if state == "running" else Fate.RUNS_AGAIN
 
 
-def adopt(site: Site, name: str) -> Machine | None:
-    """The VM, running; None if it was not ours to run. Whatever fails, the guest stays as it is, for another try."""
-    machine = Machine.adopt(site, name)
+def adopt(site: Site, home: Path) -> Machine | None:
+    """The VM whose guest has the socket `home`, running; None if there is none that could, or may, run here.
+
+    Whatever fails, the guest stays as it is, for another try.
+    """
+    if not is_whole(home):
+        _bury(site, home)
+        return None
+    machine = Machine.adopt(site, home)
     try:
         return machine if _settle(machine, machine.guest.state) else None
     except BaseException:
         machine.let_go()
         raise
+
+
+def _bury(site: Site, home: Path) -> None:
+    vm, host = home.stem, site.host.name
+    end_guest(home)
+    newest = site.datastore.newest(vm)
+    ours = fate(newest, host, "") is not Fate.DISCARDED
+    if newest and ours and site.datastore.claim(vm, newest.generation + 1, host, running=False):
+        site.events.emit("vm.lost", vm=vm, generation=newest.generation + 1)
 
 
 def _settle(machine: Machine, state: str) -> bool:

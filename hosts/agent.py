@@ -1,6 +1,7 @@
 """The agent of a host: one process in the host's namespace that owns the host's VMs.
 
-    python -m hosts.agent --plan PLAN --host esx1 --certificates DIR --datastore DIR --guests DIR --events FILE --logs DIR
+    python -m hosts.agent --plan PLAN --host esx1 --certificates DIR --datastore DIR --guests DIR
+                          --events FILE --logs DIR
 
 It serves the control API (hosts/control.py) on the management segment and the vMotion stream
 (hosts/protocol.py) on its vMotion VMkernel port. SIGTERM shuts the host down: its VMs end with it. If it ends in
@@ -13,7 +14,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -78,6 +78,8 @@ class Agent:
                 return self._abandon(request)
             case control.Status():
                 return self._status()
+            case control.Owner():
+                return self.site.datastore.newest(request.vm)
             case control.Break():
                 self.breakpoints.set(request.state, request.seconds)
                 return {}
@@ -89,7 +91,7 @@ class Agent:
     def _power_on(self, request: control.PowerOn) -> dict[str, Any]:
         vm = request.vm
         with self._reserved(vm.name):
-            self._adopt(vm.name)  # if that was not possible before
+            self._adopt(self.site.guests / vm.name)  # if that was not possible before
             newest = self.site.datastore.newest(vm.name)
             here = self.machines.get(vm.name)
             # what is ours and not here, or dead, has ended without being able to say so
@@ -150,9 +152,7 @@ class Agent:
             def connect(role: str) -> Stream:
                 return self.port.connect(request.ip, request.port, role, encrypt=request.transport.encrypt)
 
-            outgoing = OutgoingMigration(
-                machine, request.migration, connect, request.policy, request.transport, notify
-            )
+            outgoing = OutgoingMigration(machine, request.migration, connect, request.policy, request.transport, notify)
             self.leaving[request.migration] = outgoing
             try:
                 outcome = outgoing.run(request.token)
@@ -214,20 +214,20 @@ class Agent:
         """At the start: every guest that is on this host, each as the datastore tells."""
         for home in sorted(self.site.guests.iterdir()):
             try:
-                self._adopt(home.name)
+                self._adopt(home)
             except TestbedError as error:  # it stays as it is; a PowerOn tries again
                 self.log(f"VM {home.name} cannot be adopted: {error}")
 
-    def _adopt(self, vm: str) -> None:
-        if vm in self.machines or not (self.site.guests / vm).exists():
+    def _adopt(self, home: Path) -> None:
+        if home.name in self.machines or not home.exists():
             return
         try:
-            machine = adopt(self.site, vm)
+            machine = adopt(self.site, home)
         except GuestEnded as error:
             self.log(str(error))
             return
         if machine is not None:
-            self.machines[vm] = machine
+            self.machines[home.name] = machine
 
     # ------------------------------------------------------------ the vMotion port
 

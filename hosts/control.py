@@ -33,6 +33,10 @@ class ControlError(TestbedError):
     """An agent could not be reached, or refused; the message says which and why."""
 
 
+class AgentGone(ControlError):
+    """There was no answer: what the agent has made of the request is not known."""
+
+
 class Request(msgspec.Struct, tag=True, frozen=True):
     """Base of all requests."""
 
@@ -94,6 +98,12 @@ class Status(Request, frozen=True):
     """
 
 
+class Owner(Request, frozen=True):
+    """Replies the newest Claim of a VM on the datastore (hosts/datastore.py), None if it never ran."""
+
+    vm: str
+
+
 class Break(Request, frozen=True):
     """Stop the next migration that enters a state here, "source:suspended" say (hosts/breakpoints.py)."""
 
@@ -118,7 +128,7 @@ class Refusal(msgspec.Struct, tag=True, frozen=True):
 
 
 _requests = msgspec.json.Decoder(
-    PowerOn | PowerOff | Prepare | Migrate | Cancel | Abandon | Status | Break | Continue
+    PowerOn | PowerOff | Prepare | Migrate | Cancel | Abandon | Status | Owner | Break | Continue
 )
 _answers = msgspec.json.Decoder(Notice | Reply | Refusal)
 
@@ -237,13 +247,13 @@ class AgentClient:
             plain = socket.create_connection((ip, PORT), _HANDSHAKE_TIMEOUT_S)
             self._socket = context.wrap_socket(plain, server_hostname=ip)
         except OSError as error:
-            raise ControlError(f"host {host}: its agent at {ip} cannot be reached: {error}") from error
+            raise AgentGone(f"host {host}: its agent at {ip} cannot be reached: {error}") from error
         self._socket.settimeout(_ANSWER_TIMEOUT_S)
         self._lines = self._socket.makefile("rb")
         self.broken = False
 
     def call(self, request: Request, notice: Callable[[Any], None] = lambda content: None) -> Any:
-        """Send a request and return its reply; ControlError if it is refused or the agent is gone.
+        """Send a request and return its reply; ControlError if it is refused, AgentGone if the agent is gone.
 
         A call that ends otherwise than by an answer leaves the connection `broken`: what comes next is not ours.
         """
@@ -261,8 +271,8 @@ class AgentClient:
                         self.broken = False
                         raise ControlError(f"host {self.host}: {reason}")
         except (OSError, msgspec.MsgspecError) as error:
-            raise ControlError(f"host {self.host}: its agent is gone ({error})") from error
-        raise ControlError(f"host {self.host}: its agent is gone")
+            raise AgentGone(f"host {self.host}: its agent is gone ({error})") from error
+        raise AgentGone(f"host {self.host}: its agent is gone")
 
     def is_open(self) -> bool:
         """Whether an idle connection is still there: its agent may have been restarted meanwhile."""

@@ -21,6 +21,7 @@ from hosts.protocol import (
     MAJOR,
     MINOR,
     Complete,
+    Header,
     Hello,
     Join,
     Kind,
@@ -32,7 +33,7 @@ from hosts.protocol import (
     negotiate,
     parse_bitmap,
 )
-from hosts.ram import PageHashes, mask_of, runs_of
+from hosts.ram import PageHashes, runs_of
 from hosts.stream import PeerAborted, Stream, StreamLost
 from hosts.urgency import hurry, relax
 from topologies.errors import TestbedError
@@ -56,6 +57,7 @@ class IncomingMigration:
         self.machine, self.migration, self.generation, self.encrypt = machine, migration, generation, encrypt
         self.token = secrets.token_hex(16)
         self.hashes = PageHashes(machine.guest.ram)
+        self._present = np.zeros(machine.guest.ram.pages, bool)  # pages that have come
         self.arrived = False  # it runs here, with all of its RAM
         self.ended = threading.Event()
         self._faults: Stream | None = None
@@ -118,7 +120,7 @@ class IncomingMigration:
             if header.kind is Kind.ROUND_END:
                 stream.mark(Kind.ROUND_ACK, header.round)
             else:
-                stream.receive_pages(header, self.machine.guest.ram, self.hashes)
+                self._receive_pages(stream, header)
 
     # ------------------------------------------------------------ the phases
 
@@ -137,7 +139,7 @@ class IncomingMigration:
             header, body = stream.receive()
             match header.kind:
                 case Kind.PAGES | Kind.ZERO:
-                    stream.receive_pages(header, ram, self.hashes)
+                    self._receive_pages(stream, header)
                 case Kind.ROUND_END:
                     stream.mark(Kind.ROUND_ACK, header.round)
                 case Kind.BITMAP:
@@ -152,11 +154,16 @@ class IncomingMigration:
                     state: State = body
                     return state
 
+    def _receive_pages(self, stream: Stream, header: Header) -> None:
+        runs = stream.receive_pages(header, self.machine.guest.ram, self.hashes)
+        for first, end in runs.tolist():
+            self._present[first:end] = True
+
     def make_room(self, missing: np.ndarray) -> None:
         """What has come in a round and is out of date must not exist, so that the guest waits for it."""
-        ram = self.machine.guest.ram
-        stale = mask_of(ram.populated(), ram.pages) & missing
-        ram.punch(runs_of(np.flatnonzero(stale)))
+        stale = self._present & missing
+        self.machine.guest.ram.punch(runs_of(np.flatnonzero(stale)))
+        self._present[stale] = False
 
     def expect_missing(self, stream: Stream, missing: np.ndarray) -> None:
         guest = self.machine.guest

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from abc import ABC, abstractmethod
@@ -33,6 +34,9 @@ from topologies.plan import VM
 # A request that changes nothing outside the guest is answered in milliseconds; filling RAM takes 0.6 s a GiB.
 _ANSWER_TIMEOUT_S = 10
 _BOOT_TIMEOUT_S = 120
+
+# Of the name of a guest's socket while pages are still to come to it (post-copy)
+_INCOMPLETE = ".incomplete"
 
 _ROOT = Path(__file__).parent.parent  # what the program is imported from
 _Reply = TypeVar("_Reply", bound=channel.Message)
@@ -156,7 +160,9 @@ class LightGuest(Guest):
             process.kill()
             connection.close()
             home.unlink()
-            raise GuestError(f"VM {vm.name}: its guest process ended with status {process.wait()}; see {log}") from error
+            raise GuestError(
+                f"VM {vm.name}: its guest process ended with status {process.wait()}; see {log}"
+            ) from error
         guest.vm, guest.memo = vm, memo
         return guest
 
@@ -175,7 +181,7 @@ class LightGuest(Guest):
 
     @property
     def state(self) -> str:
-        return "dead" if self._has_ended() else self._state
+        return "dead" if _has_ended(self._pidfd) else self._state
 
     def power_on(self) -> None:
         self._order(channel.Boot(self.vm, self.memo), "running", _BOOT_TIMEOUT_S)
@@ -204,6 +210,7 @@ class LightGuest(Guest):
     def expect_missing(self) -> UserFaults:
         if self.userfaults is None:
             raise GuestError(f"VM {self.vm.name}: this kernel has no userfaultfd, which post-copy needs")
+        self._move_home(_INCOMPLETE)
         self.userfaults.watch_missing()
         self._tell(channel.Missing(True))
         self._answer(channel.Waits)
@@ -217,10 +224,15 @@ class LightGuest(Guest):
         self.userfaults.unwatch()
         if self.userfaults.tracks_writes:
             self.userfaults.watch_writes()
+        self._move_home("")
         return waits
 
+    def _move_home(self, suffix: str) -> None:
+        """Where another agent would find it says whether there is anything to adopt."""
+        self._home = self._home.rename(self._home.with_suffix(suffix))
+
     def check(self) -> None:
-        if self._has_ended():
+        if _has_ended(self._pidfd):
             raise self._gone(ChildProcessError("it has ended"))
 
     def let_go(self) -> None:
@@ -233,14 +245,9 @@ class LightGuest(Guest):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
-        self._has_ended(within_ms=None)
+        _has_ended(self._pidfd, None)
         self._home.unlink(missing_ok=True)
         self._let_go.close()
-
-    def _has_ended(self, within_ms: int | None = 0) -> bool:
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(within_ms))
 
     def _order(
         self,
@@ -275,7 +282,7 @@ class LightGuest(Guest):
 
     def _gone(self, error: Exception) -> GuestError:
         how = f"does not answer ({error})"
-        if self._has_ended():
+        if _has_ended(self._pidfd):
             status = self._process and self._process.wait()
             how = "has ended" if status is None else f"ended with status {status}"
         return GuestError(f"VM {self.vm.name}: its guest process {self.pid} {how}; see {self._log}")
@@ -292,11 +299,30 @@ def _connect(home: Path) -> socket.socket:
     return connection
 
 
-def end_guests(homes: Path) -> list[str]:
-    """End every guest that has its socket in a folder, and has no agent any more; returns their names."""
-    ended = []
-    for home in sorted(homes.iterdir()):
-        with suppress(GuestEnded):
-            LightGuest.adopt(home, home).power_off()
-            ended.append(home.name)
-    return ended
+def _has_ended(pidfd: int, within_ms: int | None = 0) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(within_ms))
+
+
+def is_whole(home: Path) -> bool:
+    """Whether the guest of this socket has all of its RAM: else it cannot go on without the agent that it had."""
+    return home.suffix != _INCOMPLETE
+
+
+def end_guest(home: Path) -> bool:
+    """End the guest behind a socket, which need not answer and has no agent any more; False if there is none."""
+    try:
+        with _connect(home) as connection:
+            pid, _, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            pidfd = os.pidfd_open(pid)
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                _has_ended(pidfd, None)
+            finally:
+                os.close(pidfd)
+    except (ConnectionRefusedError, ProcessLookupError):
+        return False
+    finally:
+        home.unlink(missing_ok=True)
+    return True

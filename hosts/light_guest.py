@@ -12,6 +12,7 @@ other host, which is another one, continues where this one stopped. Its workload
     transaction server   TCP 7100   hosts/ledger.py, accounts and ledger in RAM
     bulk stream          TCP 7200   hosts/bulk.py, paced
     UDP echo             UDP 7      RFC 862
+                                    each on the VM's IPv4 address, and on its IPv6 address if it has one
     memory dirtier       writes pages of a working set at a rate
     ping                 answered by the namespace's kernel
 
@@ -20,13 +21,11 @@ RAM, in pages:  0 header | ledger | working set | the rest;  from the working se
 
 import array
 import contextlib
-import fcntl
 import gc
 import os
 import select
 import selectors
 import socket
-import struct
 import sys
 import time
 from functools import partial
@@ -36,7 +35,7 @@ from typing import NoReturn
 import msgspec
 import numpy as np
 
-from hosts import bulk, channel, ledger, sockets
+from hosts import bulk, channel, ledger, neighbours, sockets
 from hosts.ram import PAGE, Ram, arm
 from hosts.urgency import relax
 from topologies.errors import TestbedError
@@ -44,8 +43,11 @@ from topologies.plan import VM
 
 ECHO_PORT = 7
 _TICK_S = 0.002  # the dirtier and the bulk stream work in steps: short against every downtime we aim at
+_DEVICE = "eth0"
+_BACKLOG = 1024  # connections that wait to be accepted: all that clients may open at once
+_PIECE = 1 << 16  # bytes that are read, or answered, at a time
 # Until the switch has relearned, acknowledgements go to the old host. A restored connection has no idea of its
-# round-trip time and would wait a whole second for them: it asks, after these times, as long as one is due.
+# round-trip time and would wait three seconds for them: it asks, after these times, as long as one is due.
 _PROBE_AFTER_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 # An access that takes longer has waited for its page: a page that is here takes less than 5 us, from far at least 60
 _WAIT_US = 30
@@ -59,8 +61,15 @@ class Connection(msgspec.Struct):
     service: str  # "transactions" or "bulk"
     received: bytes = b""  # the beginning of a request
     unsent: bytes = b""  # replies that did not fit into the socket
+    ended: bool = False  # the client has said good-bye: it gets its answers, then it is closed
     offset: int = 0  # bulk: bytes of the stream handed to the kernel
+    settled: sockets.Settled | None = None  # not while `tcp` has it
     tcp: sockets.TcpState | None = None
+
+    @property
+    def deaf(self) -> bool:
+        """Nothing is read while answers wait: what a client does not take must not pile up here."""
+        return self.ended or bool(self.unsent)
 
 
 class DeviceState(msgspec.Struct, frozen=True):
@@ -68,8 +77,8 @@ class DeviceState(msgspec.Struct, frozen=True):
 
     connections: list[Connection]
     datagrams: list[tuple[bytes, tuple[str, int]]]  # received by the kernel, not yet by the program
-    neighbours: list[tuple[str, str]]  # the ARP table: IP, MAC
-    dropped_connections: int  # not ESTABLISHED: closed, not carried
+    neighbours: list[tuple[str, str]]  # IP, MAC
+    dropped_connections: int  # not carried (hosts/sockets.py): closed meanwhile, or in TIME_WAIT
 
 
 class Memory:
@@ -112,10 +121,11 @@ class LightGuest:
         self.memory: Memory
         self.selector = selectors.DefaultSelector()
         self.listener, self.control = listener, listener  # where the next word comes from: the listener, or an agent
+        listener.listen()  # again: it is this process now that the other side sees (SO_PEERCRED, unix(7))
         self.selector.register(listener, selectors.EVENT_READ)
         self.listeners: dict[socket.socket, str] = {}
         self.connections: dict[socket.socket, Connection] = {}
-        self.echo: socket.socket
+        self.echoes: dict[int, socket.socket] = {}  # by address family
         self.pending: list[tuple[bytes, tuple[str, int]]] = []
         self.frozen: list[tuple[socket.socket, sockets.TcpState | None]] = []
         self._last_tick = 0.0
@@ -132,6 +142,7 @@ class LightGuest:
                 if self.state in ("new", "awaiting"):  # nobody could ever tell it what to be
                     return
                 relax()  # a switchover that has lost its agent is in no hurry
+                self._throttle = 0.0
                 self._listen_to(self.listener)
 
     def _work(self) -> NoReturn:
@@ -236,30 +247,32 @@ class LightGuest:
         for listener, service in self.listeners.items():  # established, not yet accepted: they are ours to carry
             while self.accept(listener, service):
                 pass
-        datagrams = self.pending + _drain(self.echo)
-        carried, dropped = [], 0
+        datagrams = self.pending + [datagram for echo in self.echoes.values() for datagram in _drain(echo)]
+        carried, dropped = [], _time_waits()
         for sock, connection in self.connections.items():
-            tcp = sockets.checkpoint(sock)
-            dropped += tcp is None
-            if tcp is not None:
-                self.frozen.append((sock, None))
-                carried.append(msgspec.structs.replace(connection, tcp=tcp))
+            tcp = sockets.checkpoint(sock, connection.settled)
+            if tcp is None:
+                dropped += 1
+                continue
+            self.frozen.append((sock, None))
+            carried.append(msgspec.structs.replace(connection, settled=None, tcp=tcp))
         self.pending = datagrams  # for the case that the migration is in vain
-        return DeviceState(carried, datagrams, _neighbours(), dropped)
+        return DeviceState(carried, datagrams, neighbours.known(), dropped)
 
     def _restore(self, state: DeviceState) -> None:
         self.memory.check()
         self.memory = Memory(self.ram, self.vm)  # the ledger's clients are in the RAM that has arrived
+        neighbours.learn(_DEVICE, state.neighbours)  # first: the kernel would ask in the dark for one that it misses
         self._open_services()
         for connection in state.connections:
-            if connection.tcp is None:
+            tcp = connection.tcp
+            if tcp is None:
                 raise TestbedError(f"a {connection.service} connection came without its TCP state")
-            sock = sockets.restore(connection.tcp)
-            self.frozen.append((sock, connection.tcp))
-            self._adopt(sock, msgspec.structs.replace(connection, tcp=None))
+            sock = sockets.restore(tcp)
+            self.frozen.append((sock, tcp))
+            connection.settled, connection.tcp = tcp.settled, None
+            self._adopt(sock, connection)
         self.pending = state.datagrams
-        for ip, mac in state.neighbours:
-            _add_neighbour(ip, mac)
 
     def _run(self) -> None:
         """The virtual CPU starts, or starts again after a suspend that was in vain."""
@@ -281,13 +294,18 @@ class LightGuest:
     # ------------------------------------------------------------ services
 
     def _open_services(self) -> None:
-        self.echo = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.echo.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * 2**20)
-        self.echo.bind((str(self.vm.interface.ip), ECHO_PORT))
-        self.echo.setblocking(False)
-        self.selector.register(self.echo, selectors.EVENT_READ, self.answer_datagrams)
+        self._open_services_on(socket.AF_INET, str(self.vm.interface.ip))
+        if self.vm.interface6:
+            self._open_services_on(socket.AF_INET6, str(self.vm.interface6.ip))
+
+    def _open_services_on(self, family: int, ip: str) -> None:
+        echo = self.echoes[family] = socket.socket(family, socket.SOCK_DGRAM)
+        echo.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * 2**20)
+        echo.bind((ip, ECHO_PORT))
+        echo.setblocking(False)
+        self.selector.register(echo, selectors.EVENT_READ, self.answer_datagrams)
         for port, service in ((ledger.PORT, "transactions"), (bulk.PORT, "bulk")):
-            listener = socket.create_server((str(self.vm.interface.ip), port))
+            listener = socket.create_server((ip, port), family=family, backlog=_BACKLOG)
             listener.setblocking(False)
             self.listeners[listener] = service
             self.selector.register(listener, selectors.EVENT_READ, partial(self.accept, service=service))
@@ -298,17 +316,22 @@ class LightGuest:
             sock, _ = listener.accept()
         except BlockingIOError:
             return False
-        except OSError as error:  # reset while it waited, or no descriptor left
+        except OSError as error:  # no descriptor left
             print(f"{service} connection not accepted: {error}", file=sys.stderr, flush=True)
             return False
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._adopt(sock, Connection(service))
+        try:
+            self._adopt(sock, Connection(service, settled=sockets.settled(sock)))
+        except OSError as error:  # reset while it waited
+            print(f"{service} connection lost before it began: {error}", file=sys.stderr, flush=True)
+            sock.close()
         return True
 
     def _adopt(self, sock: socket.socket, connection: Connection) -> None:
         self.connections[sock] = connection
-        self.selector.register(sock, selectors.EVENT_READ, self.read)
+        if not connection.deaf:
+            self.selector.register(sock, selectors.EVENT_READ, self.read)
 
     def _lost(self, sock: socket.socket, error: Exception) -> None:
         """One connection has ended badly: the others, and the VM, go on."""
@@ -316,7 +339,8 @@ class LightGuest:
         self._drop(sock)
 
     def _drop(self, sock: socket.socket) -> None:
-        self.selector.unregister(sock)
+        if sock in self.selector.get_map():
+            self.selector.unregister(sock)
         del self.connections[sock]
         sock.close()
 
@@ -326,30 +350,54 @@ class LightGuest:
 
     def _echo(self, data: bytes, sender: tuple[str, int]) -> None:
         self.memory.header[2] += np.uint64(1)
+        echo = self.echoes[socket.AF_INET6 if ":" in sender[0] else socket.AF_INET]
         with contextlib.suppress(OSError):  # a full queue, a sender that cannot be answered: UDP may lose
-            self.echo.sendto(data, sender)
+            echo.sendto(data, sender)
 
     def read(self, sock: socket.socket) -> None:
         """Requests on a transaction connection; a bulk client says nothing but good-bye."""
         connection = self.connections[sock]
         try:
-            data = sock.recv(1 << 16)
-            if data and connection.service == "transactions":
-                self._answer(sock, connection, connection.received + data)
+            data = sock.recv(_PIECE)
+            connection.ended = not data
+            if connection.service == "transactions":
+                connection.received += data
+                self._answer(sock, connection)
         except BlockingIOError:
             return
         except (OSError, ledger.LedgerError) as error:
             self._lost(sock, error)
             return
-        if not data:
-            self._drop(sock)
+        if connection.deaf:
+            self.selector.unregister(sock)
 
-    def _answer(self, sock: socket.socket, connection: Connection, received: bytes) -> None:
+    def _answer(self, sock: socket.socket, connection: Connection) -> None:
+        """Answer the requests that are here, as far as the client takes the answers."""
         size = ledger.REQUEST.size
-        whole = len(received) - len(received) % size
-        connection.received = received[whole:]
-        replies = b"".join(self._reply(received[at : at + size]) for at in range(0, whole, size))
-        self._send(sock, connection, connection.unsent + replies)
+        while len(connection.received) >= size and not connection.unsent:
+            replies, at = b"", 0
+            while len(connection.received) - at >= size and len(replies) < _PIECE:
+                replies += self._reply(connection.received[at : at + size])
+                at += size
+            connection.received = connection.received[at:]
+            self._send(sock, connection, replies)
+
+    def _catch_up(self, sock: socket.socket, connection: Connection) -> None:
+        """A deaf transaction connection: the answers that wait, then what else it has asked."""
+        self._send(sock, connection, connection.unsent)
+        self._answer(sock, connection)
+        if not connection.deaf:
+            self.selector.register(sock, selectors.EVENT_READ, self.read)
+
+    def _end(self, sock: socket.socket) -> None:
+        """Close a connection on which all is said, once the client has acknowledged it.
+
+        Closed earlier, the rest of it would be the kernel's alone, and a migration could not carry it.
+        """
+        try:
+            sock.shutdown(socket.SHUT_WR)  # again and again: it is refused when there is nothing left to be said
+        except OSError:
+            self._drop(sock)
 
     def _reply(self, request: bytes) -> bytes:
         kind, client, sequence, source, target, amount = ledger.REQUEST.unpack(request)
@@ -384,15 +432,17 @@ class LightGuest:
                 sockets.probe(sock)
         for sock, connection in list(self.connections.items()):
             try:
-                if connection.service == "bulk":
+                if connection.ended and not connection.unsent:
+                    self._end(sock)
+                elif connection.service == "bulk":
                     due = max(1, int(self.vm.bulk_rate / 8 * elapsed))
                     connection.offset += self._send(
                         sock, connection, bulk.pattern(connection.offset, min(due, 1 << 17))
                     )
                     connection.unsent = b""  # the pattern is known: what did not fit is made again
                 elif connection.unsent:
-                    self._send(sock, connection, connection.unsent)
-            except OSError as error:
+                    self._catch_up(sock, connection)
+            except (OSError, ledger.LedgerError) as error:
                 self._lost(sock, error)
 
     def _dirty(self, elapsed: float) -> None:
@@ -427,43 +477,19 @@ class LightGuest:
 
 
 def _drain(echo: socket.socket) -> list[tuple[bytes, tuple[str, int]]]:
-    datagrams = []
+    datagrams: list[tuple[bytes, tuple[str, int]]] = []
     while True:
         try:
-            datagrams.append(echo.recvfrom(2048))
+            data, (ip, port, *_) = echo.recvfrom(2048)
         except BlockingIOError:
             return datagrams
+        datagrams.append((data, (ip, port)))
 
 
-# ---------------------------------------------------------------- the ARP table
-
-_SIOCSARP = 0x8955
-_ATF_COM = 0x02
-_SOCKADDR_IN = struct.Struct("=HH4s8x")
-_SOCKADDR_HW = struct.Struct("=H6s8x")
-_ARPHRD_ETHER = 1
-_DEVICE = "eth0"
-
-
-def _neighbours() -> list[tuple[str, str]]:
-    """The complete entries of the ARP table; a real VM carries them in its RAM."""
-    lines = Path("/proc/self/net/arp").read_text().splitlines()[1:]
-    rows = [line.split() for line in lines]
-    return [(row[0], row[3]) for row in rows if int(row[2], 16) & _ATF_COM]
-
-
-def _add_neighbour(ip: str, mac: str) -> None:
-    """SIOCSARP (arp(7)): the entry starts as STALE, so it is used at once and verified by the kernel."""
-    request = struct.pack(
-        "=16s16si16s16s",
-        _SOCKADDR_IN.pack(socket.AF_INET, 0, socket.inet_aton(ip)),
-        _SOCKADDR_HW.pack(_ARPHRD_ETHER, bytes.fromhex(mac.replace(":", ""))),
-        _ATF_COM,
-        bytes(16),
-        _DEVICE.encode(),
-    )
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        fcntl.ioctl(sock, _SIOCSARP, array.array("B", request))
+def _time_waits() -> int:
+    """Connections of this namespace in TIME_WAIT; handshakes under way could only be counted in a millisecond."""
+    words = Path("/proc/self/net/sockstat").read_text().split()
+    return int(words[words.index("tw") + 1])
 
 
 def main() -> int:

@@ -67,10 +67,10 @@ class Machine:
         return cls(site, vm, guest, port, announcer, vswitch)
 
     @classmethod
-    def adopt(cls, site: Site, name: str) -> "Machine":
+    def adopt(cls, site: Site, home: Path) -> "Machine":
         """A VM as another agent of this host has left it; whatever fails, it stays as it is. GuestEnded: it is gone."""
         with ExitStack() as undo:
-            guest = LightGuest.adopt(site.guests / name, site.log_of(name))
+            guest = LightGuest.adopt(home, site.log_of(home.name))
             undo.callback(guest.let_go)
             vm, memo = guest.vm, msgspec.json.decode(guest.memo, type=Memo)
             vswitch = site.host.vswitch_of(vm.port_group).name

@@ -32,8 +32,10 @@ _WORTH_IT, _PATIENCE = 0.75, 2
 _FLOOR_BYTES = 256 * 1024
 # Rates from shorter rounds say more about the round trip than about the link.
 _MEASURABLE_BYTES = 1 << 20
-# Of what is sent, the share that is written again meanwhile above which rounds get nowhere (QEMU's, for throttling).
-_HOPELESS = 0.5
+# Of what is sent, the share that is written again meanwhile above which rounds get nowhere (QEMU's, for throttling);
+# and above which a guest that is being throttled is slowed further, so that all rounds together take a third more at
+# most than the first one.
+_HOPELESS, _SLOW = 0.5, 0.25
 THROTTLE_FIRST, THROTTLE_STEP, THROTTLE_MOST = 0.20, 0.10, 0.99  # QEMU's defaults
 
 
@@ -44,6 +46,11 @@ class Policy(msgspec.Struct, frozen=True):
     timeout_s: float = 120.0
     mode: Literal["precopy", "postcopy", "stop-and-copy", "hybrid"] = "precopy"
     timeout_strategy: Literal["cancel", "switch", "throttle", "postcopy"] = "cancel"
+
+    @property
+    def aims_at_downtime(self) -> bool:
+        """Or is the VM suspended however long the rest takes?"""
+        return self.mode != "stop-and-copy" and self.timeout_strategy != "switch"
 
     @property
     def may_postcopy(self) -> bool:
@@ -66,9 +73,8 @@ class Period(msgspec.Struct, frozen=True):
     sent_bytes: int
     dirtied_bytes: int
 
-    @property
-    def hopeless(self) -> bool:
-        return self.dirtied_bytes > self.sent_bytes * _HOPELESS
+    def exceeds(self, share: float) -> bool:
+        return self.dirtied_bytes > self.sent_bytes * share
 
 
 class Action(Enum):
@@ -116,11 +122,12 @@ def after_round(policy: Policy, rounds: list[Round], elapsed_s: float, throttle:
     predicted_ms = predict_ms(last.remaining_bytes, bandwidth(rounds))
     fits = predicted_ms <= policy.downtime_ms
     small = last.remaining_bytes <= _FLOOR_BYTES
-    hopeless = last.remaining_bytes > last.bytes * _HOPELESS or not _shrinking(rounds)
+    share = _SLOW if throttle else _HOPELESS
+    hopeless = last.remaining_bytes > last.bytes * share or not _shrinking(rounds)
     if fits and (small or not _shrinking(rounds)):
         action = Action.SWITCH
-    elif policy.mode == "hybrid" and hopeless and not small:
-        action = Action.POSTCOPY
+    elif policy.mode == "hybrid" and hopeless:
+        action = Action.SWITCH if fits else Action.POSTCOPY
     elif elapsed_s < policy.timeout_s:
         action = Action.CONTINUE
     elif fits:
@@ -132,7 +139,7 @@ def after_round(policy: Policy, rounds: list[Round], elapsed_s: float, throttle:
 
 def within_round(policy: Policy, periods: list[Period], elapsed_s: float, throttle: float) -> Decision:
     """What to do in the middle of a round, after the last of its `periods`."""
-    hopeless = len(periods) >= _PATIENCE and all(period.hopeless for period in periods[-_PATIENCE:])
+    hopeless = len(periods) >= _PATIENCE and all(period.exceeds(_HOPELESS) for period in periods[-_PATIENCE:])
     if policy.mode == "hybrid" and hopeless:
         return Decision(Action.POSTCOPY, FIXED_MS)
     if elapsed_s < policy.timeout_s:
@@ -140,7 +147,7 @@ def within_round(policy: Policy, periods: list[Period], elapsed_s: float, thrott
     if policy.timeout_strategy == "throttle" and throttle >= THROTTLE_MOST:
         return Decision(Action.CONTINUE)  # the end of the round tells whether that was enough
     # each step of a throttle is given one period to show
-    return Decision(_at_timeout(policy, bool(periods) and periods[-1].hopeless, throttle))
+    return Decision(_at_timeout(policy, bool(periods) and periods[-1].exceeds(_SLOW), throttle))
 
 
 def next_throttle(throttle: float) -> float:

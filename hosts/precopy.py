@@ -73,12 +73,12 @@ class PreCopy:
         """Rounds until the decision is another than CONTINUE."""
         self._check_cancelled = check_cancelled
         self._began, self._told = time.monotonic(), time.monotonic()
+        self._emit("rounds.begin", mode=self.policy.mode)
         self.bitmap.begin(self.feed.hashes)  # from here on, every write is a page to send again
         populated = self.ram.populated()
         self.decision = before_rounds(self.policy)
         if self.decision.action is not Action.CONTINUE:
             self._owed = populated
-            self._emit("rounds.none", mode=self.policy.mode)
         due = count(populated)
         while self.decision.action in (Action.CONTINUE, Action.THROTTLE):
             self._round(due)
@@ -118,8 +118,7 @@ class PreCopy:
         self.feed.begin_round(due)
         began = self._emit("round.begin", round=number)
         broken_off = self._sweep(number, due)
-        if broken_off is None:
-            self._flush(number)
+        self._flush(number)  # also of a round that was broken off: what waits in the host would lengthen the downtime
         ended = time.monotonic_ns()
         remaining = int(self.still_due(self.bitmap.peek()).sum()) * PAGE
         pages, zero_pages = self.feed.sent - sent, self.feed.zero - zero

@@ -41,6 +41,8 @@ def runs_of(pages: np.ndarray) -> np.ndarray:
     """The runs of a sorted array of page numbers."""
     if not len(pages):
         return NO_RUNS
+    if pages[-1] - pages[0] == len(pages) - 1:  # one run: the usual case, and a fault may wait for it
+        return np.array([[pages[0], pages[-1] + 1]], np.uint32)
     breaks = np.flatnonzero(np.diff(pages) != 1)
     first = pages[np.concatenate(([0], breaks + 1))]
     last = pages[np.concatenate((breaks, [len(pages) - 1]))]
@@ -51,6 +53,8 @@ def pages_of(runs: np.ndarray) -> np.ndarray:
     """The sorted page numbers of runs."""
     if not len(runs):
         return np.empty(0, np.int64)
+    if len(runs) == 1:
+        return np.arange(runs[0, 0], runs[0, 1], dtype=np.int64)
     return np.concatenate([np.arange(first, end) for first, end in runs.tolist()])
 
 
@@ -147,6 +151,10 @@ class Ram:
         """The content of runs, one view each."""
         return [self.buffer[first * PAGE : end * PAGE] for first, end in runs.tolist()]
 
+    def page(self, page: int) -> memoryview:
+        """The content of one page."""
+        return self.buffer[page * PAGE : (page + 1) * PAGE]
+
     def nonzero(self, pages: np.ndarray) -> np.ndarray:
         """Which of these pages hold anything: a boolean array."""
         mask = self.words[pages, 0] != 0
@@ -183,6 +191,12 @@ class PageHashes:
             self._hashes[first:end] = hashes[at : at + end - first]
             at += end - first
         return hashes
+
+    def note_page(self, page: int, content: memoryview) -> int:
+        """One page has this content; returns its hash."""
+        value = xxhash.xxh3_64_intdigest(content)
+        self._hashes[page] = value
+        return value
 
     def note_zero(self, runs: np.ndarray) -> None:
         for first, end in runs.tolist():

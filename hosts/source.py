@@ -184,6 +184,7 @@ class OutgoingMigration:
         if self._by_postcopy and self._rounds.rounds:
             # the destination makes room for what has to come again, while the guest still runs
             self.stream.send_bitmap(encode_bitmap(self._rounds.still_due(self.bitmap.peek())))
+            self._end_round(self._next_round)
 
     def suspend(self) -> None:
         self._emit("vm.suspending")

@@ -19,6 +19,7 @@ from hosts.protocol import (
     RemoteProtocolError,
     Session,
     encode_body,
+    encode_page,
     encode_runs,
     parse_body,
     parse_header,
@@ -30,6 +31,7 @@ from topologies.errors import TestbedError
 # A peer that is silent for so long is taken for gone: a cut cable tells nothing.
 PEER_TIMEOUT_S = 5.0
 _SO_MAX_PACING_RATE = 47  # asm-generic/socket.h; bytes/s, kept by TCP itself
+_EXPEDITED = 46 << 2  # DSCP EF (RFC 3246)
 # Messages whose body is read by whoever knows what to do with it
 _RAW = (Kind.PAGES, Kind.ZERO, Kind.FETCH, Kind.BITMAP)
 
@@ -59,6 +61,10 @@ class Stream:
         """Send no faster than this from now on."""
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, int(bits_per_s / 8))
 
+    def urgent(self) -> None:
+        """What is sent here overtakes what waits for the cable, if the cable heeds marks: a virtual CPU waits."""
+        self._socket.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, _EXPEDITED)
+
     def keep_queue_short(self, size: int) -> None:
         """Let at most so many bytes wait in this host for the cable: what another connection sends gets its turn."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
@@ -76,8 +82,15 @@ class Stream:
     def send_bitmap(self, bitmap: bytes) -> None:
         self._send_frame(Kind.BITMAP, [memoryview(bitmap)])
 
+    def send_fetch(self, page: int) -> None:
+        self._send_frame(Kind.FETCH, [memoryview(encode_page(page))], 0, 1, 1)
+
+    def send_page(self, page: int, page_hash: bytes, content: memoryview) -> None:
+        """PAGES with one page: what a fault waits for."""
+        self._send_frame(Kind.PAGES, [memoryview(encode_page(page) + page_hash), content], 0, 1, 1, Flag.HASHED)
+
     def send_runs(self, kind: Kind, runs: np.ndarray, round_number: int = 0) -> None:
-        """ZERO and FETCH: the numbers of pages."""
+        """ZERO: the numbers of pages."""
         self._send_frame(kind, [memoryview(encode_runs(runs))], round_number, count(runs), len(runs))
 
     def send_pages(
@@ -132,14 +145,14 @@ class Stream:
         """The table of PAGES, ZERO or FETCH."""
         return parse_runs(self.exactly(header.table_bytes), header.pages, ram_pages)
 
-    def receive_pages(self, header: Header, ram: Ram, hashes: PageHashes) -> None:
-        """The body of PAGES or ZERO, into RAM that nobody uses yet."""
+    def receive_pages(self, header: Header, ram: Ram, hashes: PageHashes) -> np.ndarray:
+        """The body of PAGES or ZERO, into RAM that nobody uses yet; returns the runs."""
         runs = self.receive_runs(header, ram.pages)
         if header.kind is Kind.ZERO:
             for first, end in runs.tolist():
                 ram.bytes[first * PAGE : end * PAGE] = 0
             hashes.note_zero(runs)
-            return
+            return runs
         self.exactly(header.hash_bytes)
         if header.flags & PACKED:
             content = self.receive_content(header)
@@ -150,6 +163,7 @@ class Stream:
         else:
             self.into(ram.views(runs))
         hashes.note(runs, ram.views(runs))
+        return runs
 
     def receive_content(self, header: Header) -> memoryview:
         """The pages of PAGES themselves, behind its table and hashes."""

@@ -18,8 +18,6 @@ import os
 import struct
 from collections.abc import Iterator
 
-import numpy as np
-
 from topologies.errors import TestbedError
 
 _PAGE = mmap.PAGESIZE
@@ -88,9 +86,10 @@ class UserFaults:
                 raise TestbedError(f"userfaultfd told of event {event:#x}, which was not asked for")
             yield (address - self._address) // _PAGE
 
-    def place(self, first: int, content: np.ndarray) -> None:
-        """Whole pages (uint8) from page `first` on, none of which exists yet; a guest that waits for them goes on."""
-        self._fill(_UFFDIO_COPY, first, len(content), content.ctypes.data)
+    def place(self, first: int, content: memoryview) -> None:
+        """Whole writable pages from page `first` on, none of which exists; a guest that waits for them goes on."""
+        source = ctypes.addressof(ctypes.c_char.from_buffer(content))
+        self._fill(_UFFDIO_COPY, first, len(content), source)
 
     def place_zero(self, first: int, end: int) -> None:
         self._fill(_UFFDIO_ZEROPAGE, first, (end - first) * _PAGE, None)

@@ -2,13 +2,17 @@
 
     vcenter = VCenter(plan, certificates, events)
     vcenter.power_on("vm1")
-    result = vcenter.migrate("vm1", to="esx2")
+    result = vcenter.migrate("vm1", to="esx2")                      waits
+    task = vcenter.start_migration("vm2", to="esx1")                does not: task.status(), .cancel(), .wait()
 
 A migration: `prepare` at the destination, then `migrate` at the source; if the source says that the VM
-stays, the destination is told to forget it.
+stays, the destination is told to forget it. If the source's agent does not live to say anything, the
+datastore knows: it is asked once no host is at it any more.
 """
 
 import secrets
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +22,23 @@ import msgspec
 
 from hosts import control
 from hosts.announce import SCHEDULE_MS
-from hosts.control import AgentClient, ControlError
+from hosts.control import AgentClient, AgentGone, ControlError
 from hosts.policy import Policy
 from hosts.precopy import Progress
 from hosts.source import Outcome
+from hosts.tasks import Queue, Task, migrations_at_once
 from hosts.transport import Transport
 from topologies.errors import TestbedError, UsageError
 from topologies.events import EventLog
-from topologies.plan import Plan
+from topologies.plan import VM, Plan
+
+_ASK_EVERY_S = 0.1
+# Hosts that lose each other come to an end within seconds; a source may ask its datastore for a minute
+_END_WITHIN_S = 75.0
 
 
 class MigrationFailed(TestbedError):
-    """The VM did not move; the message says why and where it is."""
+    """There is no result to show; the message says why, and where the VM is."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,18 @@ class Result:
     source: str
     destination: str
     outcome: Outcome
+
+
+@dataclass(frozen=True)
+class _Move:
+    """What was ordered."""
+
+    vm: VM
+    migration: str
+    source: str
+    to: str
+    policy: Policy
+    transport: Transport
 
 
 class VCenter:
@@ -56,25 +77,23 @@ class VCenter:
     ) -> None:
         self.plan, self.events, self.announce, self.schedule_ms = plan, events, announce, schedule_ms
         self.places: dict[str, str] = {}  # VM -> host
+        self.tasks: dict[str, Task[Result]] = {}  # VM -> its latest migration
+        self.queue = Queue(migrations_at_once(plan.link))
         self._certificates = certificates
-        self._agents: dict[str, AgentClient] = {}
-
-    def agent(self, host: str) -> AgentClient:
-        """The connection to a host's agent, made at first use, and again after it broke."""
-        if host in self._agents and self._agents[host].broken:
-            self._agents.pop(host).close()
-        if host not in self._agents:
-            self._agents[host] = AgentClient(host, self.plan.host(host).management, self._certificates)
-        return self._agents[host]
+        self._idle: dict[str, list[AgentClient]] = {host.name: [] for host in plan.hosts}
+        self._lock = threading.Lock()  # of the tables above
+        self._closed = threading.Event()
 
     def power_on(self, vm: str) -> None:
         spec = self.plan.vm(vm)
-        self.agent(spec.host).call(control.PowerOn(spec, self.announce, self.schedule_ms))
+        self._call(spec.host, control.PowerOn(spec, self.announce, self.schedule_ms))
         self.places[vm] = spec.host
 
     def power_off(self, vm: str) -> None:
-        self.agent(self._place(vm)).call(control.PowerOff(vm))
+        self._call(self._place(vm), control.PowerOff(vm))
         del self.places[vm]
+
+    # ------------------------------------------------------------ migrations
 
     def migrate(
         self,
@@ -84,54 +103,175 @@ class VCenter:
         progress: Callable[[Progress], None] = lambda round_: None,
         transport: Transport | None = None,
     ) -> Result:
-        """Move a running VM; MigrationFailed if it stays where it is."""
-        source = self._place(vm)
+        """Move a running VM and wait; MigrationFailed if it does not move, Cancelled if it never had its turn."""
+        task = self._order(vm, to, policy or Policy(), transport or Transport(), progress)
+        task.run()
+        return task.wait()
+
+    def start_migration(
+        self,
+        vm: str,
+        to: str,
+        policy: Policy | None = None,
+        progress: Callable[[Progress], None] = lambda round_: None,
+        transport: Transport | None = None,
+    ) -> Task[Result]:
+        """The same as a task, which has its own thread."""
+        task = self._order(vm, to, policy or Policy(), transport or Transport(), progress)
+        threading.Thread(target=task.run, name=task.name, daemon=True).start()
+        return task
+
+    def _order(
+        self, vm: str, to: str, policy: Policy, transport: Transport, progress: Callable[[Progress], None]
+    ) -> Task[Result]:
+        source, spec = self._place(vm), self.plan.vm(vm)
         self.plan.host(to)
         if to == source:
             raise UsageError(f"VM {vm} is on {to} already; name another host")
-        spec, migration = self.plan.vm(vm), f"{vm}-{secrets.token_hex(4)}"
-        self.events.emit("migration.begin", vm=vm, migration=migration, source_host=source, destination_host=to)
+        move = _Move(spec, f"{vm}-{secrets.token_hex(4)}", source, to, policy, transport)
+
+        def work(task: Task[Result]) -> Result:
+            def note(content: Any) -> None:
+                step = msgspec.convert(content, Progress)
+                task.note_progress(step)
+                progress(step)
+
+            return self._carry_out(move, task, note)
+
+        def stop(task: Task[Result]) -> None:
+            self._stop(move, task)
+
+        with self._lock:
+            if vm in self.tasks and not self.tasks[vm].over.is_set():
+                raise UsageError(f"VM {vm} has a migration under way already; wait for it, or cancel it")
+            task = self.tasks[vm] = Task(f"{vm} to {to}", (source, to), self.queue, work, stop)
+        self.events.emit("migration.ordered", vm=vm, migration=move.migration)
+        return task
+
+    def _carry_out(self, move: "_Move", task: Task[Result], note: Callable[[Any], None]) -> Result:
+        vm, source, to = move.vm.name, move.source, move.to
+        if self.places.get(vm) != source:
+            raise MigrationFailed(f"VM {vm} is not on {source} any more, where it was when this migration was ordered")
+        self.events.emit("migration.begin", vm=vm, migration=move.migration, source_host=source, destination_host=to)
         try:
-            policy, transport = policy or Policy(), transport or Transport()
-            order = control.Prepare(spec, migration, self.announce, self.schedule_ms, transport.encrypt)
-            ready = self.agent(to).call(order)
+            encrypt = move.transport.encrypt
+            ready = self._call(to, control.Prepare(move.vm, move.migration, self.announce, self.schedule_ms, encrypt))
             try:
+                if task.cancelled:
+                    raise ControlError(f"VM {vm} stays on {source}: cancelled")
                 where = (ready["ip"], ready["port"], ready["token"])
-                move = control.Migrate(vm, migration, *where, policy, transport)
-                reply = self.agent(source).call(move, lambda note: progress(msgspec.convert(note, Progress)))
+                reply = self._call(
+                    source, control.Migrate(vm, move.migration, *where, move.policy, move.transport), note
+                )
             except BaseException:
-                self._abandon(to, migration)
+                self._abandon(to, move.migration)
                 raise
         except ControlError as error:
-            self.events.emit("migration.failed", vm=vm, migration=migration, reason=str(error))
-            raise MigrationFailed(f"migration of VM {vm} from {source} to {to} failed: {error}") from error
+            said, found = str(error), self._find(move)
+            if isinstance(error, AgentGone) or self.places.get(vm) != source:  # else a host has said it already
+                said += f"; {found}"
+            self.events.emit("migration.failed", vm=vm, migration=move.migration, reason=said)
+            raise MigrationFailed(f"migration of VM {vm} from {source} to {to} failed: {said}") from error
         self.places[vm] = to
-        self.events.emit("migration.end", vm=vm, migration=migration)
-        return Result(migration, vm, source, to, msgspec.convert(reply, Outcome))
+        self.events.emit("migration.end", vm=vm, migration=move.migration)
+        return Result(move.migration, vm, source, to, msgspec.convert(reply, Outcome))
 
-    def status(self) -> dict[str, dict[str, Any]]:
-        """What every agent says of itself: its VMs and its memory."""
-        return {host.name: self._status(host.name) for host in self.plan.hosts}
+    def _stop(self, move: "_Move", task: Task[Result]) -> None:
+        """The source knows of the migration a little later than we do, and a little less long."""
+        while not task.over.wait(_ASK_EVERY_S):
+            try:
+                self._call(move.source, control.Cancel(move.migration))
+            except AgentGone:  # the migration is coming to its end then
+                return
+            except ControlError:
+                continue
+            return
 
-    def _status(self, host: str) -> dict[str, Any]:
-        client = self.agent(host)
+    def _find(self, move: "_Move") -> str:
+        """Where the VM is after its source, or we, lost the thread of a migration; corrects the inventory."""
+        hosts = (move.to, move.source)
+        deadline = time.monotonic() + _END_WITHIN_S
+        while True:
+            said = {host: status for host in hosts if (status := self._status_if_reachable(host))}
+            busy = [host for host, status in said.items() if move.migration in status["migrations"]]
+            if not busy or time.monotonic() > deadline or self._closed.wait(_ASK_EVERY_S):
+                break
+        vm = move.vm.name
+        if not said:
+            return f"it is unknown where VM {vm} is: neither host answers"
+        if busy:
+            return f"it is unknown where VM {vm} is: {busy[0]} is still at it"
         try:
-            status: dict[str, Any] = client.call(control.Status())
-        except ControlError:
-            if not client.broken:
-                raise
-            status = self.agent(host).call(control.Status())  # an idle connection may have ended; asking twice is safe
-        return status
-
-    def close(self) -> None:
-        for agent in self._agents.values():
-            agent.close()
+            owner = self._call(next(iter(said)), control.Owner(vm))
+        except ControlError as error:
+            return f"it is unknown where VM {vm} is: {error}"
+        if owner is None or not owner["running"]:
+            self.places.pop(vm, None)
+            return f"VM {vm} is off"
+        host = self.places[vm] = owner["host"]
+        if host not in said:
+            return f"VM {vm} is on {host}, whose agent does not answer"
+        state = said[host]["vms"].get(vm, {"state": "dead"})["state"]
+        return f"VM {vm} is on {host}: {state}"
 
     def _abandon(self, host: str, migration: str) -> None:
         try:
-            self.agent(host).call(control.Abandon(migration))
+            self._call(host, control.Abandon(migration))
         except ControlError as error:  # a dead host has nothing left to forget
             self.events.emit("migration.abandon_failed", migration=migration, reason=str(error))
+
+    # ------------------------------------------------------------ agents
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """What every agent says of itself: its VMs, migrations and memory (hosts/control.py, Status)."""
+        return {host.name: self._call(host.name, control.Status()) for host in self.plan.hosts}
+
+    def breakpoint(self, host: str, state: str, seconds: float = 30.0) -> None:
+        """Stop the next migration that enters a state on a host, "source:suspended" say (hosts/breakpoints.py)."""
+        self._call(host, control.Break(state, seconds))
+
+    def go_on(self, host: str) -> None:
+        """From a host's breakpoint, reached or not."""
+        self._call(host, control.Continue())
+
+    def close(self) -> None:
+        """Nothing more begins; what is under way is the agents' own."""
+        self._closed.set()
+        for task in list(self.tasks.values()):
+            if task.status().state == "queued":
+                task.cancel()
+        for clients in self._idle.values():
+            while clients:
+                clients.pop().close()
+
+    def _status_if_reachable(self, host: str) -> dict[str, Any] | None:
+        try:
+            status: dict[str, Any] = self._call(host, control.Status())
+        except AgentGone:
+            return None
+        return status
+
+    def _call(self, host: str, request: control.Request, notice: Callable[[Any], None] = lambda content: None) -> Any:
+        """On a connection of its own: an idle one, or a new one. A call may take as long as a migration does."""
+        client = self._idle_client(host) or AgentClient(host, self.plan.host(host).management, self._certificates)
+        try:
+            return client.call(request, notice)
+        finally:
+            if client.broken or self._closed.is_set():
+                client.close()
+            else:
+                self._idle[host].append(client)
+
+    def _idle_client(self, host: str) -> AgentClient | None:
+        """The agent at its other end may have been restarted meanwhile."""
+        while True:
+            with self._lock:
+                if not self._idle[host]:
+                    return None
+                client = self._idle[host].pop()
+            if client.is_open():
+                return client
+            client.close()
 
     def _place(self, vm: str) -> str:
         self.plan.vm(vm)

@@ -32,7 +32,7 @@ from pyroute2.netlink.rtnl import RTM_DELNEIGH, RTM_NEWNEIGH, RTM_SETLINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.ndmsg import ndmsg
 
-from topologies.devices import RPS_CPUS, SYSCTLS, rps_file
+from topologies.devices import RPS_CPUS, SYSCTLS, ip6_commands, rps_file
 from topologies.errors import TestbedError
 from topologies.plan import VM
 
@@ -94,6 +94,9 @@ class VmPort:
         netlink.link("set", index=index, master=bridge)
         gate.darken_at_first()
         _in_namespace(pid, ["ip", "addr", "add", self.vm.ip, "dev", _VM_DEVICE])
+        if self.vm.ip6:
+            for command in ip6_commands(_VM_DEVICE, self.vm.ip6):
+                _in_namespace(pid, command)
         for file in (rps_file(self.name), rps_file(_VM_DEVICE, f"/proc/{pid}/root/sys")):
             Path(file).write_text(RPS_CPUS)
 

@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from ipaddress import AddressValueError, IPv4Address, IPv4Interface, IPv4Network, NetmaskValueError
+from ipaddress import AddressValueError, IPv4Address, IPv4Interface, IPv4Network, IPv6Interface, NetmaskValueError
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -81,7 +81,7 @@ class VM:
 
     `fill` is the fraction of RAM filled with random data at power-on; the memory dirtier writes
     `dirty_rate` bytes per second (4 KiB pages) at random places of a `working_set`; the bulk
-    stream offers `bulk_rate` bits per second to each client that connects.
+    stream offers `bulk_rate` bits per second to each client that connects. Without an `ip6` it has no IPv6.
     """
 
     name: str
@@ -94,10 +94,15 @@ class VM:
     dirty_rate: int = field(default=50_000_000, metadata={"parse": parse_rate})
     working_set: int = field(default=64 * 2**20, metadata={"parse": parse_size})
     bulk_rate: int = field(default=10_000_000, metadata={"parse": parse_bitrate})
+    ip6: str = ""
 
     @property
     def interface(self) -> IPv4Interface:
         return IPv4Interface(self.ip)
+
+    @property
+    def interface6(self) -> IPv6Interface | None:
+        return IPv6Interface(self.ip6) if self.ip6 else None
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,15 @@ class Client:
     name: str
     ip: str
     mac: str
+    ip6: str = ""
 
     @property
     def interface(self) -> IPv4Interface:
         return IPv4Interface(self.ip)
+
+    @property
+    def interface6(self) -> IPv6Interface | None:
+        return IPv6Interface(self.ip6) if self.ip6 else None
 
 
 _Named = TypeVar("_Named", Host, VM, Client)
@@ -267,10 +277,23 @@ def _check_addresses(plan: Plan) -> None:
             IPv4Interface(thing.ip)
         except ValueError as error:
             raise PlanError(f"{where}: ip {thing.ip!r} is no IPv4 address with prefix") from error
+        if thing.ip6:
+            _check_ip6(thing.ip6, where)
         if not _MAC.fullmatch(thing.mac):
             raise PlanError(f"{where}: mac {thing.mac!r} is none; write it like 00:50:56:00:00:01, in lower case")
         if int(thing.mac[:2], 16) & 1:
             raise PlanError(f"{where}: mac {thing.mac} is a group address; a machine has a unicast one")
+
+
+def _check_ip6(text: str, where: str) -> None:
+    if "/" not in text:
+        raise PlanError(f"{where}: ip6 {text!r} lacks its prefix; write it like fd00::11/64")
+    try:
+        ip = IPv6Interface(text).ip
+    except ValueError as error:
+        raise PlanError(f"{where}: ip6 {text!r} is no IPv6 address with prefix") from error
+    if ip.is_multicast or ip.is_link_local or ip.is_loopback or ip.is_unspecified or ip.ipv4_mapped or ip.scope_id:
+        raise PlanError(f"{where}: ip6 {text!r} is none by which others reach a machine; write it like fd00::11/64")
 
 
 def _address(text: str, where: str) -> IPv4Address:
@@ -306,6 +329,15 @@ def _check_vm_network(plan: Plan) -> None:
         if network != things[0].interface.network:
             first = f"{type(things[0]).__name__} {things[0].name!r} ({things[0].interface.network})"
             raise PlanError(f"{where} ({network}) is in another subnet than {first}; the VM network is one")
+    with_ip6 = [(thing, thing.interface6) for thing in things if thing.interface6]
+    for thing, interface6 in with_ip6:
+        where, network6 = f"{type(thing).__name__} {thing.name!r}", interface6.network
+        if interface6.ip == network6.network_address:
+            raise PlanError(f"{where}: {interface6.ip} is the router address of {network6} (RFC 4291); take another")
+        first_thing, first6 = with_ip6[0]
+        if network6 != first6.network:
+            first = f"{type(first_thing).__name__} {first_thing.name!r} ({first6.network})"
+            raise PlanError(f"{where} ({network6}) is in another subnet than {first}; the VM network is one")
 
 
 def _check_unique(plan: Plan) -> None:
@@ -314,6 +346,8 @@ def _check_unique(plan: Plan) -> None:
     ips += [(p.ip, f"host {h.name!r}, {p.name}") for h in plan.hosts for p in h.vmkernel_ports]
     ips += [(str(c.interface.ip), f"client {c.name!r}") for c in plan.clients]
     ips += [(str(v.interface.ip), f"VM {v.name!r}") for v in plan.vms]
+    ips += [(str(c.interface6.ip), f"client {c.name!r}") for c in plan.clients if c.interface6]
+    ips += [(str(v.interface6.ip), f"VM {v.name!r}") for v in plan.vms if v.interface6]
     macs = [(c.mac, f"client {c.name!r}") for c in plan.clients] + [(v.mac, f"VM {v.name!r}") for v in plan.vms]
     for kind, pairs in (("IP address", ips), ("MAC", macs)):
         owners: dict[str, str] = {}
@@ -381,9 +415,9 @@ def _check_vms(plan: Plan) -> None:
             raise PlanError(f"VM {vm.name!r}: fill of {vm.fill:.0%}; it must be 0% to 100%")
         if not vm.bulk_rate:
             raise PlanError(f"VM {vm.name!r}: the bulk stream cannot be unshaped; write a rate like 10Mbit")
-        if not _PAGE <= vm.working_set <= vm.ram // 2:
-            size, half = format_size(vm.working_set), format_size(vm.ram // 2)
-            limits = f"it must be at most half of its RAM, here {half}, and a page at least"
+        if not _PAGE <= vm.working_set <= vm.ram:
+            size, ram = format_size(vm.working_set), format_size(vm.ram)
+            limits = f"it must be at most its RAM, here {ram}, and a page at least"
             raise PlanError(f"VM {vm.name!r}: working set of {size}; {limits}")
 
 

@@ -32,7 +32,7 @@ from mininet.node import Host as MininetHost  # noqa: E402
 from mininet.node import OVSSwitch, Switch  # noqa: E402
 from mininet.topo import Topo  # noqa: E402
 
-from topologies.devices import RPS_CPUS, SYSCTLS, rps_file  # noqa: E402
+from topologies.devices import RPS_CPUS, SYSCTLS, ip6_commands, rps_file  # noqa: E402
 from topologies.errors import TestbedError  # noqa: E402
 from topologies.plan import DEFAULT_PLAN, Host, Plan, PlanError, read_plan  # noqa: E402
 
@@ -50,11 +50,14 @@ def steady(node, device: str) -> None:  # type: ignore[no-untyped-def]
 
 
 class Machine(MininetHost):
-    """A host without IPv6, its devices steady."""
+    """A host, its devices steady; without IPv6 unless it has an address for it."""
 
-    def config(self, **params):  # type: ignore[no-untyped-def]
+    def config(self, ip6: str = "", **params):  # type: ignore[no-untyped-def]
         result = super().config(**params)
         sh(self, "sysctl", "-q", "-w", *SYSCTLS)
+        if ip6:
+            for command in ip6_commands(self.defaultIntf().name, ip6):
+                sh(self, *command)
         for intf in self.intfList():
             steady(self, intf.name)
         return result
@@ -132,10 +135,21 @@ class CableIntf(TCIntf):
 
     bwParamMax = 1_000_000  # noqa: N815  (Mininet's name; Mbit/s)
 
-    def bwCmds(self, **params):  # type: ignore[no-untyped-def]  # noqa: N802
-        """HTB, as Mininet has it, with a quantum of its own: the derived one is refused with a warning at 1 Gbit/s."""
-        commands, parent = super().bwCmds(**params)
-        return [f"{command} quantum 60000" if " class add " in command else command for command in commands], parent
+    def bwCmds(self, bw=None, **_params):  # type: ignore[no-untyped-def]  # noqa: N802
+        """HTB, as Mininet has it, with two queues: what is marked DSCP EF (RFC 3246) goes before all the rest.
+
+        The quantum that HTB would derive is refused with a warning at 1 Gbit/s.
+        """
+        if bw is None:
+            return [], " root "
+        whole, half = f"rate {bw:f}Mbit burst 15k quantum 60000", f"rate {bw / 2:f}Mbit ceil {bw:f}Mbit burst 15k"
+        return [
+            "%s qdisc add dev %s root handle 5:0 htb default 1",
+            f"%s class add dev %s parent 5:0 classid 5:10 htb {whole}",
+            f"%s class add dev %s parent 5:10 classid 5:1 htb {half} cburst 15k quantum 60000 prio 1",
+            f"%s class add dev %s parent 5:10 classid 5:2 htb {half} cburst 15k quantum 60000 prio 0",
+            "%s filter add dev %s parent 5:0 protocol ip prio 1 u32 match ip tos 0xb8 0xfc flowid 5:2",
+        ], " parent 5:1 "
 
 
 class TwoHosts(Topo):
@@ -148,7 +162,7 @@ class TwoHosts(Topo):
         self.addSwitch(plan.switch, cls=PhysicalSwitch)
         self.addSwitch("mgmt", cls=Segment, address=f"{plan.manager_ip}/{prefix}")
         for client in plan.clients:
-            self.addHost(client.name, cls=Machine, ip=client.ip, mac=client.mac)
+            self.addHost(client.name, cls=Machine, ip=client.ip, mac=client.mac, ip6=client.ip6)
             self.addLink(client.name, plan.switch)
         for host in plan.hosts:
             self.addHost(host.name, cls=Hypervisor, ip=None, host=host, management=f"{host.management}/{prefix}")

@@ -37,6 +37,20 @@ def test_a_killed_destination_agent_leaves_the_vm_at_the_source(tmp_path: Path) 
     nothing_is_left(everyone)
 
 
+def test_a_killed_source_agent_leaves_the_vm_to_the_testbed_which_ends_it(tmp_path: Path) -> None:
+    program = Program(tmp_path / "out", "demo", *SLOW)
+    program.wait_for("round.begin")
+    everyone = program.descendants()
+    os.kill(program.find("hosts.agent", "esx1"), signal.SIGKILL)
+    status, _, err = program.end()
+    assert status == 1
+    one_line(err, "vm1", "is on esx1, whose agent does not answer")
+    vm_goes_on_at_source(program)
+    ended = [(event["host"], event["vm"]) for event in program.events() if event["kind"] == "guest.ended"]
+    assert ended == [("esx1", "vm1")]
+    nothing_is_left(everyone)
+
+
 def test_a_cut_cable_leaves_the_vm_at_the_source(tmp_path: Path) -> None:
     program = Program(tmp_path / "out", "demo", *SLOW)
     program.wait_for("round.begin")

@@ -47,6 +47,7 @@ class Host(Node):
         super().__init__()
         self.name = name
         run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(self.pid))
+        self.run("ip", "link", "set", "lo", "up")
         self.run("ip", "link", "set", "eth0", "address", VM_MAC, "up")
         # as in a VM's namespace (hosts/vswitch.py): what is in the send queue is copied during the downtime
         self.run("sysctl", "-qw", "net.ipv4.tcp_wmem=4096 16384 1048576")
