@@ -2,6 +2,7 @@
 
 prepare       RAM, guest process, namespace, dark port, announcement frames       (before the source starts)
 greet         HELLO, WELCOME; further connections join
+reserve       memory for the pages that the source has
 receive       pages into RAM, an acknowledgement for every round; in a hurry from SUSPENDING on
 restore       RAM checked against the source's digest, sockets restored
 claim         the next generation on the datastore            <== POINT OF NO RETURN
@@ -33,12 +34,12 @@ from hosts.protocol import (
     negotiate,
     parse_bitmap,
 )
-from hosts.ram import PageHashes, runs_of
+from hosts.ram import PageHashes, mask_of, runs_of
 from hosts.stream import PeerAborted, Stream, StreamLost
 from hosts.urgency import hurry, relax
 from topologies.errors import TestbedError
 
-_MAX_STALLS_TOLD = 10_000
+_MAX_WAITS_TOLD = 10_000
 
 
 class IncomingFailed(TestbedError):
@@ -57,7 +58,8 @@ class IncomingMigration:
         self.machine, self.migration, self.generation, self.encrypt = machine, migration, generation, encrypt
         self.token = secrets.token_hex(16)
         self.hashes = PageHashes(machine.guest.ram)
-        self._present = np.zeros(machine.guest.ram.pages, bool)  # pages that have come
+        ram = machine.guest.ram
+        self._present = mask_of(ram.populated(), ram.pages)  # pages that exist here; the guest has looked at some
         self.arrived = False  # it runs here, with all of its RAM
         self.ended = threading.Event()
         self._faults: Stream | None = None
@@ -143,10 +145,13 @@ class IncomingMigration:
                 case Kind.ROUND_END:
                     stream.mark(Kind.ROUND_ACK, header.round)
                 case Kind.BITMAP:
-                    missing = parse_bitmap(bytes(stream.exactly(header.length)), ram.pages)
-                    self.make_room(missing)
+                    pages = parse_bitmap(bytes(stream.exactly(header.length)), ram.pages)
+                    if header.round == 0:
+                        self.reserve(pages)
+                    else:
+                        self.make_room(pages)
                     if stream.session.state == "listed":
-                        self.expect_missing(stream, missing)
+                        self.expect_missing(stream, pages)
                 case Kind.SUSPENDING if self._hurries:
                     hurry()
                 case Kind.STATE:
@@ -159,6 +164,11 @@ class IncomingMigration:
         for first, end in runs.tolist():
             self._present[first:end] = True
 
+    def reserve(self, coming: np.ndarray) -> None:
+        """Memory for all pages that the source has, or an end before the first of them has crossed."""
+        self.machine.guest.ram.populate(runs_of(np.flatnonzero(coming)))
+        self._present |= coming
+
     def make_room(self, missing: np.ndarray) -> None:
         """What has come in a round and is out of date must not exist, so that the guest waits for it."""
         stale = self._present & missing
@@ -170,7 +180,7 @@ class IncomingMigration:
         if self._faults is None:
             raise RemoteProtocolError("post-copy without a connection for faults")
         userfaults = guest.expect_missing()
-        self._filler = Filler(guest.ram, missing, userfaults, self.hashes, stream, self._faults)
+        self._filler = Filler(guest.ram, missing, userfaults, self.hashes, stream, self._faults, guest.kill)
         self._emit("bitmap.received", pages=int(missing.sum()))
 
     def restore(self, state: State) -> None:
@@ -212,12 +222,15 @@ class IncomingMigration:
     def fill(self, stream: Stream, filler: Filler) -> None:
         """RAM becomes whole while the VM runs."""
         expected = filler.receive()
+        if expected is None:
+            stream.session.step("whole")
         waits_us = self.machine.guest.missing_over()
         digest = self.hashes.digest()
-        self._emit("ram.whole", ram_digest=digest, equal=digest == expected, faults=filler.asked)
+        self._emit("ram.whole", ram_digest=digest, source_digest=expected, faults=filler.asked)
         try:
-            stream.send(Complete(digest, filler.asked, waits_us[:_MAX_STALLS_TOLD]))
-        except StreamLost as error:  # nothing is missing any more
+            stream.send(Complete(digest, filler.asked, waits_us[:_MAX_WAITS_TOLD]))
+        except StreamLost as error:
+            stream.session.step("lost")
             self._emit("migration.unheard", reason=str(error))
 
     def _announced(self, number: int, mode: str, frames: int) -> None:

@@ -17,6 +17,10 @@ from hosts.ram import PageHashes, Ram, count, pages_of, runs_of
 from hosts.stream import Stream
 
 
+# With runs of so many pages on average, not copying is worth the calls that it takes
+_LONG_RUN = 16
+
+
 class Feed:
     """`sent` and `zero` count pages since the feed began. `copies`: what is hashed and what is sent is one copy."""
 
@@ -90,6 +94,8 @@ class Feed:
         small = self._pack(b"".join(content)) if packed else b""
         if packed and len(small) < sum(len(view) for view in content):
             stream.send_pages(chunk, [memoryview(small)], number, hashes, self._packing)
+        elif pages >= _LONG_RUN * len(chunk) and not (hashed or self.copies or stream.encrypted):
+            stream.send_file_pages(chunk, self.ram, number)
         else:
             stream.send_pages(chunk, content, number, hashes)
         self._choice.sent(packed, pages, time.perf_counter() - began)

@@ -107,6 +107,10 @@ class Guest(ABC):
         """Leave it as it is, for another agent to adopt."""
 
     @abstractmethod
+    def kill(self) -> None:
+        """End it at once, from any thread; whoever waits for its answer has a GuestError."""
+
+    @abstractmethod
     def power_off(self) -> None:
         """End it, running or not, and give back its RAM; never fails on a dead guest."""
 
@@ -238,11 +242,14 @@ class LightGuest(Guest):
     def let_go(self) -> None:
         self._let_go.close()
 
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
     def power_off(self) -> None:
         if self._channel.fileno() < 0:
             return
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self.kill()
         if self._process is not None:
             self._process.wait()
         _has_ended(self._pidfd, None)

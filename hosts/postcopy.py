@@ -12,6 +12,8 @@ would be too late. A page that was never listed and does not exist is zero.
 import os
 import selectors
 import threading
+import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -115,15 +117,27 @@ class Server:
 
 
 class Filler:
-    """Fills the pages of `missing` into the guest behind `userfaults`. `asked` counts the guest's faults."""
+    """Fills the pages of `missing` into the guest behind `userfaults`. `asked` counts the guest's faults.
+
+    `doom` is called when a page cannot come any more: whoever waits for the guest waits in vain.
+    """
 
     def __init__(
-        self, ram: Ram, missing: np.ndarray, userfaults: UserFaults, hashes: PageHashes, push: Stream, faults: Stream
+        self,
+        ram: Ram,
+        missing: np.ndarray,
+        userfaults: UserFaults,
+        hashes: PageHashes,
+        push: Stream,
+        faults: Stream,
+        doom: Callable[[], None],
     ) -> None:
+        self._doom = doom
         self._ram, self._missing, self._userfaults, self._hashes = ram, missing, userfaults, hashes
         self._push, self._faults = push, faults
         self._placed = np.zeros(ram.pages, bool)
-        self._requested: set[int] = set()
+        self._awaited: set[int] = set()  # pages asked for that have not come
+        self._asked_at = 0.0
         self._left, self._whole = int(missing.sum()), threading.Condition()
         self._error: Exception | None = None
         self._stop_read, self._stop_write = os.pipe()
@@ -131,10 +145,19 @@ class Filler:
         self._thread = threading.Thread(target=self._provide, name="faults", daemon=True)
         self._thread.start()
 
-    def receive(self) -> str:
-        """What the source pushes, until RAM is whole; returns the digest that it says RAM must have."""
+    def receive(self) -> str | None:
+        """What the source pushes, until RAM is whole; returns the digest that it says RAM must have.
+
+        None if the source was lost when nothing was missing any more; StreamLost if something still is.
+        """
         while True:
-            header, body = self._push.receive()
+            try:
+                header, body = self._push.receive()
+            except StreamLost:
+                self.check()
+                if self._left:
+                    raise
+                return None
             if header.kind is Kind.ALL_SENT:
                 break
             self._place(header)
@@ -164,7 +187,8 @@ class Filler:
                 for fd in (self._userfaults.fd, self._faults.fileno(), self._stop_read):
                     selector.register(fd, selectors.EVENT_READ)
                 while True:
-                    ready = {key.fd for key, _ in selector.select()}
+                    ready = {key.fd for key, _ in selector.select(self._faults.timeout_s)}
+                    self._check_patience()
                     if self._stop_read in ready:
                         return
                     if self._userfaults.fd in ready:
@@ -177,6 +201,7 @@ class Filler:
                 self._error = error
                 self._whole.notify_all()
             self._push.interrupt()
+            self._doom()
         finally:
             relax()
 
@@ -186,9 +211,17 @@ class Filler:
             self._userfaults.place_zero(page, page + 1)
         elif self._placed[page]:
             self._userfaults.wake(page)
-        elif page not in self._requested:
-            self._requested.add(page)
+        elif page not in self._awaited:
+            self._awaited.add(page)
+            self._asked_at = time.monotonic()
             self._faults.send_fetch(page)
+
+    def _check_patience(self) -> None:
+        """A page may also come by the push, in its turn; but something has to come."""
+        if self._awaited and time.monotonic() - self._asked_at > self._faults.timeout_s:
+            self._awaited = {page for page in self._awaited if not self._placed[page]}
+            if self._awaited:
+                raise StreamLost(f"a page that was asked for has not come within {self._faults.timeout_s:g} s")
 
     def _hear(self) -> None:
         while True:
@@ -215,6 +248,7 @@ class Filler:
                 raise TestbedError(_CHANGED)
             self._userfaults.place(page, content)
         self._placed[page] = True
+        self._awaited.discard(page)
         self._count(1)
 
     def _place(self, header: Header) -> None:

@@ -4,6 +4,7 @@
     new          -- HELLO version, token ------->   new
     greeting                                        greeted
     precopy      <------ WELCOME version --------   receiving
+    precopy      -- BITMAP round 0 -------------->  receiving          pages that exist: memory for them
     precopy      -- PAGES, ZERO ----------------->  receiving          round 1..n, none for stop-and-copy
     round_ended  -- ROUND_END ------------------->  round_ended
     precopy      <------ ROUND_ACK --------------   receiving
@@ -244,7 +245,7 @@ def parse_header(data: bytes) -> Header:
         kind = Kind(number)
     except ValueError:
         raise RemoteProtocolError(f"unknown message kind {number}") from None
-    if flags & ~(PACKED | Flag.HASHED) or (flags and kind is not Kind.PAGES) or flags & PACKED == PACKED:
+    if flags > PACKED | Flag.HASHED or (flags and kind is not Kind.PAGES) or flags & PACKED == PACKED:
         raise RemoteProtocolError(f"{kind.name} with unknown flags {flags:#x}")
     if length > _MAX_BODY[kind]:
         raise RemoteProtocolError(f"{kind.name} of {length} bytes; at most {_MAX_BODY[kind]} are allowed")
@@ -353,7 +354,7 @@ _SOURCE = {
     "precopy": {
         "send PAGES": "precopy",
         "send ZERO": "precopy",
-        "send BITMAP": "precopy",  # what is likely to be missing, so that the destination can make room in time
+        "send BITMAP": "precopy",  # round 0: what exists; later: what will be missing, so that it is discarded in time
         "send ROUND_END": "round_ended",
         "send SUSPENDING": "suspended",
         **_ABORTS,
@@ -403,7 +404,13 @@ _DESTINATION = {
     # the point of no return: from here no event leads to "aborted"
     "owned": {"resume": "resumed", "stop": "lost"},
     "resumed": {"send RESUMED": "filling", "lost": "lost"},
-    "filling": {"receive PAGES": "filling", "receive ZERO": "filling", "receive ALL_SENT": "filled", "lost": "lost"},
+    "filling": {
+        "receive PAGES": "filling",
+        "receive ZERO": "filling",
+        "receive ALL_SENT": "filled",
+        "whole": "filled",  # all has come, but the source is gone before it could say so
+        "lost": "lost",
+    },
     "filled": {"send COMPLETE": "done", "lost": "done"},
 }
 _SENDER = {

@@ -32,6 +32,7 @@ from topologies.errors import TestbedError
 PAGE = mmap.PAGESIZE
 NO_RUNS = np.empty((0, 2), np.uint32)
 
+_MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h
 _PUNCH = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, linux/falloc.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -60,10 +61,10 @@ def pages_of(runs: np.ndarray) -> np.ndarray:
 
 def mask_of(runs: np.ndarray, pages: int) -> np.ndarray:
     """Runs as one boolean for each of `pages` pages."""
-    mask = np.zeros(pages, bool)
-    for first, end in runs.tolist():
-        mask[first:end] = True
-    return mask
+    edges = np.zeros(pages + 1, np.int8)
+    edges[runs[:, 0]] += 1
+    edges[runs[:, 1]] -= 1
+    return edges[:-1].cumsum(dtype=np.int8).view(bool)
 
 
 def runs_from(runs: np.ndarray, first: int) -> np.ndarray:
@@ -140,6 +141,18 @@ class Ram:
             at = min(os.lseek(self.fd, data, os.SEEK_HOLE), stop)
             runs.append((data // PAGE, -(-at // PAGE)))
         return np.array(runs, np.uint32).reshape(-1, 2)
+
+    def populate(self, runs: np.ndarray) -> None:
+        """Make these pages exist now, rather than one by one at their first write.
+
+        TestbedError if there is no memory for them; a write would end this process by SIGBUS then.
+        """
+        for first, end in runs.tolist():
+            start, length = ctypes.c_void_p(self.address + first * PAGE), ctypes.c_size_t((end - first) * PAGE)
+            if _libc.madvise(start, length, _MADV_POPULATE_WRITE):
+                code = ctypes.get_errno()
+                if code != errno.EINVAL:  # EINVAL: before Linux 5.14, then they come into being one by one
+                    raise TestbedError(f"no memory for {count(runs)} pages of guest RAM: {os.strerror(code)}")
 
     def punch(self, runs: np.ndarray) -> None:
         """Make these pages not exist (fallocate(2), FALLOC_FL_PUNCH_HOLE), whoever maps them."""

@@ -1,6 +1,7 @@
 """An outgoing migration, phase by phase. Paused on success, resumed on failure.
 
 greet            HELLO, WELCOME; further connections
+reserve          the destination makes room for the pages that exist
 precopy          rounds until the policy says so (hosts/precopy.py); none for stop-and-copy and post-copy
 suspend          SUSPENDING; gate shut, guest stopped
 
@@ -41,7 +42,7 @@ from hosts.protocol import (
     encode_bitmap,
     negotiate,
 )
-from hosts.ram import PageHashes, chunks, count, runs_of
+from hosts.ram import PageHashes, chunks, count, mask_of, runs_of
 from hosts.stream import Stream, StreamLost
 from hosts.transport import Transport
 from hosts.urgency import hurried
@@ -50,6 +51,8 @@ from topologies.errors import TestbedError
 _TELL_EVERY_S = 0.1
 # A switchover that takes longer does not hurry: everything else would stand still
 _HURRY_MS = 500.0
+# Memory is found and cleared at some GB/s; in a virtual machine that has never used it before, far more slowly
+_RESERVED_PER_S = 200e6
 # A source that cannot tell who owns the VM asks the datastore this often, and for so long.
 _ASK_EVERY_S, _ASK_FOR_S = 0.5, 60.0
 
@@ -127,6 +130,7 @@ class OutgoingMigration:
         with contextlib.ExitStack() as connections:
             try:
                 self.greet(token, connections)
+                self.reserve()
                 self.precopy()
             except Exception as error:
                 self._give_up(error)
@@ -176,6 +180,13 @@ class OutgoingMigration:
         connections.callback(self.feed.close)
         self._faults = join("faults") if self.policy.may_postcopy else None
 
+    def reserve(self) -> None:
+        """Round 0: no page yet, but memory for each, so that none has to be found while the stream runs."""
+        if self.policy.mode != "postcopy":  # there, what is not there yet is what has to be asked for
+            self.stream.send_bitmap(encode_bitmap(mask_of(self.ram.populated(), self.ram.pages)), 0)
+            with self.stream.patient(self.ram.size / _RESERVED_PER_S):
+                self._end_round(0)
+
     def precopy(self) -> None:
         self._precopy = PreCopy(self.machine, self.migration, self.policy, self.feed, self._end_round, self.report)
         decision = self._precopy.run(self._check_cancelled)
@@ -183,7 +194,7 @@ class OutgoingMigration:
             raise MigrationFailed(self._too_slow())
         if self._by_postcopy and self._rounds.rounds:
             # the destination makes room for what has to come again, while the guest still runs
-            self.stream.send_bitmap(encode_bitmap(self._rounds.still_due(self.bitmap.peek())))
+            self.stream.send_bitmap(encode_bitmap(self._rounds.still_due(self.bitmap.peek())), self._next_round)
             self._end_round(self._next_round)
 
     def suspend(self) -> None:
@@ -219,7 +230,7 @@ class OutgoingMigration:
     def list_missing(self) -> None:
         self._missing = self._left_at_suspend()
         self.feed.flush(self._next_round)
-        self.stream.send_bitmap(encode_bitmap(self._missing))
+        self.stream.send_bitmap(encode_bitmap(self._missing), self._next_round)
         self._emit("bitmap.sent", pages=int(self._missing.sum()))
 
     def entrust(self) -> None:

@@ -1,7 +1,11 @@
 """The vMotion stream on a socket: frames by the protocol, pages straight out of and into guest RAM."""
 
+import contextlib
+import os
+import select
 import socket
 import ssl
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -50,8 +54,10 @@ class Stream:
     def __init__(self, sock: socket.socket, session: Session, timeout_s: float = PEER_TIMEOUT_S) -> None:
         sock.settimeout(timeout_s)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self.session, self._timeout_s = sock, session, timeout_s
+        self._socket, self.session, self.timeout_s = sock, session, timeout_s
         self.bytes_sent = 0
+        self._writable = select.poll()
+        self._writable.register(sock, select.POLLOUT)
 
     @property
     def encrypted(self) -> bool:
@@ -79,8 +85,8 @@ class Stream:
         """ROUND_END, ROUND_ACK and SUSPENDING: a header is all."""
         self._send_frame(kind, [], round_number)
 
-    def send_bitmap(self, bitmap: bytes) -> None:
-        self._send_frame(Kind.BITMAP, [memoryview(bitmap)])
+    def send_bitmap(self, bitmap: bytes, round_number: int = 0) -> None:
+        self._send_frame(Kind.BITMAP, [memoryview(bitmap)], round_number)
 
     def send_fetch(self, page: int) -> None:
         self._send_frame(Kind.FETCH, [memoryview(encode_page(page))], 0, 1, 1)
@@ -105,6 +111,32 @@ class Stream:
         flags = packing | (Flag.HASHED if hashes else PLAIN)
         head = encode_runs(runs) + hashes
         self._send_frame(Kind.PAGES, [memoryview(head), *content], round_number, count(runs), len(runs), flags)
+
+    def send_file_pages(self, runs: np.ndarray, ram: Ram, round_number: int = 0) -> None:
+        """PAGES straight from guest RAM, without a copy in between (sendfile(2)).
+
+        What the guest writes to them until they have left leaves with them: its bitmap knows. Not for TLS.
+        """
+        head, pages = encode_runs(runs), count(runs)
+        length = len(head) + pages * PAGE
+        header = Header(Kind.PAGES, round_number & 0xFFFF, pages, len(runs), self.session.sending(Kind.PAGES), length)
+        self.bytes_sent += HEADER.size + length
+        try:
+            self._socket.sendall(header.pack() + head, socket.MSG_MORE)
+            for first, end in runs.tolist():
+                at, stop = first * PAGE, end * PAGE
+                while at < stop:
+                    at += self._send_file(ram.fd, at, stop - at)
+        except OSError as error:
+            raise StreamLost(f"the vMotion connection broke while sending PAGES: {self._why(error)}") from error
+
+    def _send_file(self, fd: int, at: int, length: int) -> int:
+        while True:
+            try:
+                return os.sendfile(self._socket.fileno(), fd, at, length)
+            except BlockingIOError:
+                if not self._writable.poll(self.timeout_s * 1000):
+                    raise TimeoutError from None
 
     def receive(self) -> tuple[Header, Any]:
         """The next message and its decoded body; for PAGES, ZERO, FETCH and BITMAP the caller fetches the body."""
@@ -226,8 +258,17 @@ class Stream:
 
     def _why(self, error: OSError) -> str:
         if isinstance(error, TimeoutError):
-            return f"the peer was silent for {self._timeout_s:g} s"
+            return f"the peer was silent for {self.timeout_s:g} s"
         return error.strerror or str(error)
+
+    @contextlib.contextmanager
+    def patient(self, extra_s: float) -> Iterator[None]:
+        """Allow the peer so much longer to answer, for work that takes its time."""
+        self._socket.settimeout(self.timeout_s + extra_s)
+        try:
+            yield
+        finally:
+            self._socket.settimeout(self.timeout_s)
 
     @property
     def pending(self) -> bool:

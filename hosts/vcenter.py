@@ -85,9 +85,11 @@ class VCenter:
         self._closed = threading.Event()
 
     def power_on(self, vm: str) -> None:
+        """Start a VM with fresh RAM: on the host that it has in the plan, or where it was when its guest died."""
         spec = self.plan.vm(vm)
-        self._call(spec.host, control.PowerOn(spec, self.announce, self.schedule_ms))
-        self.places[vm] = spec.host
+        host = self.places.get(vm, spec.host)
+        self._call(host, control.PowerOn(spec, self.announce, self.schedule_ms))
+        self.places[vm] = host
 
     def power_off(self, vm: str) -> None:
         self._call(self._place(vm), control.PowerOff(vm))
@@ -167,7 +169,8 @@ class VCenter:
                 self._abandon(to, move.migration)
                 raise
         except ControlError as error:
-            said, found = str(error), self._find(move)
+            self._await_end(move)
+            said, found = str(error), self.find(vm)
             if isinstance(error, AgentGone) or self.places.get(vm) != source:  # else a host has said it already
                 said += f"; {found}"
             self.events.emit("migration.failed", vm=vm, migration=move.migration, reason=said)
@@ -187,20 +190,11 @@ class VCenter:
                 continue
             return
 
-    def _find(self, move: "_Move") -> str:
-        """Where the VM is after its source, or we, lost the thread of a migration; corrects the inventory."""
-        hosts = (move.to, move.source)
-        deadline = time.monotonic() + _END_WITHIN_S
-        while True:
-            said = {host: status for host in hosts if (status := self._status_if_reachable(host))}
-            busy = [host for host, status in said.items() if move.migration in status["migrations"]]
-            if not busy or time.monotonic() > deadline or self._closed.wait(_ASK_EVERY_S):
-                break
-        vm = move.vm.name
+    def find(self, vm: str) -> str:
+        """Where a VM is, in words: whom the datastore names, as any agent sees it. Corrects the inventory."""
+        said = {host.name: status for host in self.plan.hosts if (status := self._status_if_reachable(host.name))}
         if not said:
-            return f"it is unknown where VM {vm} is: neither host answers"
-        if busy:
-            return f"it is unknown where VM {vm} is: {busy[0]} is still at it"
+            return f"it is unknown where VM {vm} is: no agent answers"
         try:
             owner = self._call(next(iter(said)), control.Owner(vm))
         except ControlError as error:
@@ -211,8 +205,17 @@ class VCenter:
         host = self.places[vm] = owner["host"]
         if host not in said:
             return f"VM {vm} is on {host}, whose agent does not answer"
-        state = said[host]["vms"].get(vm, {"state": "dead"})["state"]
-        return f"VM {vm} is on {host}: {state}"
+        return f"VM {vm} is on {host}: {said[host]['vms'].get(vm, {'state': 'dead'})['state']}"
+
+    def _await_end(self, move: "_Move") -> None:
+        """Until no agent that answers is at this migration any more; not for ever."""
+        deadline = time.monotonic() + _END_WITHIN_S
+        while time.monotonic() < deadline:
+            said = (self._status_if_reachable(host) for host in (move.source, move.to))
+            if not any(status and move.migration in status["migrations"] for status in said):
+                return
+            if self._closed.wait(_ASK_EVERY_S):
+                return
 
     def _abandon(self, host: str, migration: str) -> None:
         try:

@@ -12,6 +12,7 @@ from testbeds import HOSTS, answers, events, slow_cable, small_testbed
 
 from experiments.probes import Probes
 from experiments.testbed import Testbed
+from hosts.control import ControlError
 from hosts.policy import Policy
 from hosts.tasks import Task
 from hosts.vcenter import MigrationFailed, Result
@@ -124,28 +125,36 @@ def test_both_agents_may_die_again_and_again(testbed: Testbed) -> None:
 
 
 def test_a_vm_whose_guest_has_died_is_dead_and_can_be_powered_on_again(testbed: Testbed) -> None:
-    to_its_own_host(testbed)
     before = vm(testbed)
     kill(before["pid"])
-    eventually(lambda: found(testbed) == {"esx1": "dead"}, "word of its death")
+    eventually(lambda: found(testbed) == {here(testbed): "dead"}, "word of its death")
     testbed.vcenter.power_on("vm1")
     assert vm(testbed)["generation"] == before["generation"] + 1
 
 
 def test_a_vm_whose_guest_has_died_without_its_agent_can_be_powered_on_again(testbed: Testbed) -> None:
-    to_its_own_host(testbed)
-    before = vm(testbed)
-    testbed.kill_agent("esx1")
+    host, before = here(testbed), vm(testbed)
+    testbed.kill_agent(host)
     kill(before["pid"])
-    testbed.restart_agent("esx1")
+    testbed.restart_agent(host)
     assert found(testbed) == {}
     testbed.vcenter.power_on("vm1")
     assert vm(testbed)["generation"] == before["generation"] + 1
 
 
-def to_its_own_host(testbed: Testbed) -> None:
-    if here(testbed) != "esx1":
-        testbed.vcenter.migrate("vm1", "esx1")
+def test_without_its_lock_file_a_vm_is_left_as_it_is_until_there_is_one_again(testbed: Testbed) -> None:
+    host, before = here(testbed), vm(testbed)
+    lock = testbed.run.folder / "datastore/vm1" / f".lck-vm1.{before['generation']}"
+    content = lock.read_bytes()
+    testbed.kill_agent(host)
+    lock.write_bytes(b"")
+    testbed.restart_agent(host)
+    assert found(testbed) == {}
+    assert answers(testbed, IP)
+    lock.write_bytes(content)
+    with pytest.raises(ControlError, match=f"VM vm1 is running on {host}"):
+        testbed.vcenter.power_on("vm1")
+    assert vm(testbed) == before
 
 
 def kill(pid: int) -> None:
@@ -263,7 +272,7 @@ def test_both_killed_in_the_switchover_end_with_one_vm_whoever_is_first(testbed:
             fails_saying(task, "it is unknown where VM vm1 is")
         for host in (hosts[first], hosts[1 - first]):
             testbed.restart_agent(host)
-        testbed.vcenter.places["vm1"] = owner
+        assert testbed.vcenter.find("vm1") == f"VM vm1 is on {owner}: running"
         assert found(testbed) == {owner: "running"}
         assert guests(testbed) == [vm(testbed)["pid"]]
 
@@ -273,12 +282,11 @@ def test_both_killed_in_the_switchover_end_with_one_vm_whoever_is_first(testbed:
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["source", "destination"])
 def test_an_agent_killed_while_pages_are_missing_takes_the_vm_with_it(testbed: Testbed, victim: int) -> None:
-    to_its_own_host(testbed)
-    hosts = ("esx1", "esx2")
-    with stopped_at(testbed, "esx2", "destination:filling", Policy(mode="postcopy")) as task:
+    hosts = (here(testbed), elsewhere(testbed))
+    with stopped_at(testbed, hosts[1], "destination:filling", Policy(mode="postcopy")) as task:
         testbed.kill_agent(hosts[victim])
         testbed.vcenter.go_on(hosts[1 - victim])
-        fails_saying(task, ("VM vm1 is off", "VM vm1 is on esx2, whose agent does not answer")[victim])
+        fails_saying(task, ("VM vm1 is off", f"VM vm1 is on {hosts[1]}, whose agent does not answer")[victim])
     testbed.restart_agent(hosts[victim])
     eventually(lambda: guests(testbed) == [], "end of both halves of the VM")
     assert found(testbed) == {}

@@ -31,11 +31,11 @@ def testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
         yield testbed
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_reset_and_nothing_stays(testbed: Testbed) -> Iterator[None]:
-    """Neither side resets a connection; what the test closes ends on the VM's side too."""
+@pytest.fixture
+def quiet(testbed: Testbed) -> Iterator[Testbed]:
+    """The testbed; neither side resets a connection, and what the test closes ends on the VM's side too."""
     before = resets(testbed)
-    yield
+    yield testbed
     eventually(lambda: connections(testbed) <= {LISTEN, TIME_WAIT}, "end of all connections")
     assert resets(testbed) == before
 
@@ -79,7 +79,7 @@ class Customer:
             self.socket = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
         if buffer_bytes:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
-        self.socket.settimeout(PATIENCE_S)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(PATIENCE_S), 0))
         self.socket.connect((ip, ledger.PORT))
         self.number, self.asked, self.answered, self.entry = number, 0, 0, 0
 
@@ -139,37 +139,37 @@ def echo(testbed: Testbed, ip: str, data: bytes) -> bytes:
 
 
 @both_families
-def test_a_client_that_has_said_good_bye_gets_all_its_answers_after_the_move(testbed: Testbed, ip: str) -> None:
+def test_a_client_that_has_said_good_bye_gets_all_its_answers_after_the_move(quiet: Testbed, ip: str) -> None:
     """The VM has answered everything and said good-bye itself, but the client has not taken it yet: LAST_ACK."""
-    customer = Customer(testbed, ip, 1 + len(ip), buffer_bytes=4096)
+    customer = Customer(quiet, ip, 1 + len(ip), buffer_bytes=4096)
     customer.ask(2_000)
     customer.say_good_bye()
-    migrate(testbed)
+    migrate(quiet)
     customer.hear()
     customer.hear_good_bye()
 
 
 @both_families
-def test_answers_that_had_no_room_follow_after_the_move_of_a_half_closed_connection(testbed: Testbed, ip: str) -> None:
+def test_answers_that_had_no_room_follow_after_the_move_of_a_half_closed_connection(quiet: Testbed, ip: str) -> None:
     """The VM has more to say than its socket takes: CLOSE_WAIT, with requests that are not even read."""
-    customer = Customer(testbed, ip, 101 + len(ip), buffer_bytes=4096)
+    customer = Customer(quiet, ip, 101 + len(ip), buffer_bytes=4096)
     customer.ask(ledger.MAX_AUDIT_RECORDS)
     customer.hear()
     customer.ask_for_records(20)
     customer.say_good_bye()
-    migrate(testbed)
+    migrate(quiet)
     first = customer.hear_records()
-    migrate(testbed)
+    migrate(quiet)
     assert all(customer.hear_records() == first for _ in range(19))
     customer.hear_good_bye()
 
 
 @both_families
-def test_a_bulk_client_that_says_good_bye_hears_the_streams_end_in_its_place(testbed: Testbed, ip: str) -> None:
-    with inside(testbed.net["c1"].pid), socket.create_connection((ip, bulk.PORT), PATIENCE_S) as sock:
+def test_a_bulk_client_that_says_good_bye_hears_the_streams_end_in_its_place(quiet: Testbed, ip: str) -> None:
+    with inside(quiet.net["c1"].pid), socket.create_connection((ip, bulk.PORT), PATIENCE_S) as sock:
         received = sock.recv(1_000)
         sock.shutdown(socket.SHUT_WR)
-        migrate(testbed)
+        migrate(quiet)
         while data := sock.recv(1 << 16):
             assert data == bulk.pattern(len(received), len(data))
             received += data
@@ -178,9 +178,9 @@ def test_a_bulk_client_that_says_good_bye_hears_the_streams_end_in_its_place(tes
 # ---------------------------------------------------------------- IPv6, and many at once
 
 
-def test_five_hundred_connections_move_at_once_and_none_misses_an_answer(testbed: Testbed) -> None:
+def test_five_hundred_connections_move_at_once_and_none_misses_an_answer(quiet: Testbed) -> None:
     with ExitStack() as stack:
-        customers = [Customer(testbed, list(ADDRESSES.values())[number % 2], 1000 + number) for number in range(500)]
+        customers = [Customer(quiet, list(ADDRESSES.values())[number % 2], 1000 + number) for number in range(500)]
         for customer in customers:
             stack.callback(customer.socket.close)
         for _ in range(2):
@@ -188,24 +188,24 @@ def test_five_hundred_connections_move_at_once_and_none_misses_an_answer(testbed
                 customer.ask(1)
                 customer.hear()
                 customer.ask(customer.number % 4)  # some have answers that they have not read
-            migrate(testbed)
+            migrate(quiet)
             for customer in customers:
                 customer.hear()
 
 
-def test_a_datagram_over_ipv6_comes_back_from_either_host(testbed: Testbed) -> None:
+def test_a_datagram_over_ipv6_comes_back_from_either_host(quiet: Testbed) -> None:
     for data in (b"here", b"there"):
-        assert echo(testbed, ADDRESSES["IPv6"], data) == data
-        migrate(testbed)
+        assert echo(quiet, ADDRESSES["IPv6"], data) == data
+        migrate(quiet)
 
 
-def test_the_vm_knows_its_neighbours_after_the_move(testbed: Testbed) -> None:
+def test_the_vm_knows_its_neighbours_after_the_move(quiet: Testbed) -> None:
     """Both address families; these two exist nowhere, so nobody else could have told it."""
     strangers = {"10.0.0.77": "02:00:00:00:00:77", "fd00::77": "02:00:00:00:00:78"}
     for ip, mac in strangers.items():
-        inside_vm(testbed, "ip", "neigh", "replace", ip, "lladdr", mac, "dev", "eth0", "nud", "reachable")
-    migrate(testbed)
-    table = inside_vm(testbed, "ip", "neigh")
+        inside_vm(quiet, "ip", "neigh", "replace", ip, "lladdr", mac, "dev", "eth0", "nud", "reachable")
+    migrate(quiet)
+    table = inside_vm(quiet, "ip", "neigh")
     for ip, mac in strangers.items():
         assert f"{ip} dev eth0 lladdr {mac} STALE" in table
 

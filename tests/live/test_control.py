@@ -192,6 +192,20 @@ def test_a_caller_that_speaks_no_tls_or_says_nothing_keeps_nobody_waiting(testbe
         assert silent.recv(1) == b""  # the agent loses its patience
 
 
+def test_a_manager_that_asks_and_never_listens_is_given_up(testbed: Testbed) -> None:
+    plain = socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    plain.settimeout(PATIENCE_S)
+    ip = management(testbed, "esx1")
+    plain.connect((ip, control.PORT))
+    context = tls_context(PRIVATE, MANAGER, server=False)
+    with context.wrap_socket(plain, server_hostname=ip) as deaf:
+        deaf.settimeout(1)
+        with suppress(TimeoutError):
+            deaf.sendall(b'{"type": "Status"}\n' * 100_000)
+        eventually(lambda: "timed out" in said(testbed, "esx1"), "end of the agent's patience", 40)
+
+
 @pytest.fixture
 def line(testbed: Testbed) -> Iterator[Callable[[bytes], dict[str, str]]]:
     """Says a line to the agent of esx1, and returns its answer."""
@@ -434,7 +448,10 @@ def test_ten_migrations_leave_the_agents_as_they_were(testbed: Testbed) -> None:
 def holdings(pid: int) -> dict[str, int]:
     """What a process has: open files, threads, mappings of guest RAM, processes below it, devices in its namespace."""
     proc = Path(f"/proc/{pid}")
-    children = [int(child) for task in (proc / "task").iterdir() for child in (task / "children").read_text().split()]
+    children: list[str] = []
+    for task in (proc / "task").iterdir():
+        with suppress(FileNotFoundError):  # a thread may end while we look
+            children += (task / "children").read_text().split()
     return {
         "files": len(os.listdir(proc / "fd")),
         "threads": len(os.listdir(proc / "task")),

@@ -18,15 +18,24 @@ BAD = [
     (["demo", "--ram", "0MiB"], "RAM", "16MiB"),
     (["demo", "--ram", "100kB"], "RAM", "4 KiB pages"),
     (["demo", "--ram", "64EiB"], "'EiB'", "512MiB"),
-    (["demo", "--working-set", "512MiB"], "working set", "half of its RAM"),
+    (["demo", "--working-set", "513MiB"], "working set", "at most its RAM"),
     (["demo", "--fill", "120%"], "120%", "75%"),
     (["demo", "--dirty-rate", "50MB"], "'MB'", "50MB/s"),
     (["demo", "--link", "fast"], "'fast'", "1Gbit"),
     (["demo", "--downtime-ms", "0"], "'0'", "positive"),
     (["demo", "--downtime-ms", "nan"], "'nan'", "positive"),
+    (["demo", "--timeout-s", "-1"], "'-1'", "positive"),
+    (["demo", "--timeout-strategy", "hope"], "'hope'", "'cancel', 'switch', 'throttle', 'postcopy'"),
+    (["demo", "--compress", "zip"], "'zip'", "'none', 'zstd', 'lz4'"),
+    (["demo", "--bandwidth-limit", "500"], "'500' has no unit", "1Gbit"),
+    (["demo", "--streams", "0"], "'0'", "take 1 to 16"),
+    (["demo", "--streams", "17"], "'17'", "take 1 to 16"),
+    (["demo", "--streams", "-2"], "'-2'", "take 1 to 16"),
+    (["demo", "--streams", "two"], "'two'", "take 1 to 16"),
+    (["demo", "--encrypt=yes"], "'yes'", "--help"),
     (["demo", "--announce", "shout"], "'shout'", "rarp"),
     (["demo", "--announce-ms", "50,0"], "50,0", "0,50,200,450,800"),
-    (["demo", "--mode", "teleport"], "'teleport'", "precopy"),
+    (["demo", "--mode", "teleport"], "'teleport'", "'precopy', 'postcopy', 'stop-and-copy', 'hybrid'"),
     (["demo", "--plan", "/nonexistent.toml"], "/nonexistent.toml", "No such file"),
     (["run"], "NAME", "--help"),
     (["run", "nosuch"], "'nosuch'", "basic_vmotion"),
@@ -46,6 +55,7 @@ def test_bad_input_is_one_line_and_exit_2(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["vmotion", *words])
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(cli, "conduct", _not_reached)  # should anything pass that ought not to
     assert cli.main() == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("vmotion: ")
@@ -84,6 +94,7 @@ def test_a_bad_plan_is_one_line_and_exit_2(
     plan = tmp_path / "plan.toml"
     plan.write_text(text.replace(old, new))
     monkeypatch.setattr(sys, "argv", ["vmotion", "demo", "--plan", str(plan)])
+    monkeypatch.setattr(cli, "conduct", _not_reached)
     assert cli.main() == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(plan) in err and thing in err and reason in err

@@ -1,0 +1,94 @@
+"""Both ends of a migration's connections in one process, over real TCP, and memory to be moved."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from hosts.protocol import MAJOR, MINOR, Header, Hello, Kind, Session, Welcome
+from hosts.ram import PAGE, PageHashes, Ram
+from hosts.stream import PEER_TIMEOUT_S, Stream
+
+SILENCE_S = 0.1  # instead of the real time-out, where a test waits for it
+HELLO = Hello(MAJOR, MINOR, "vm1-0badcafe", "token", 0)
+
+
+@contextmanager
+def connection() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        caller = socket.create_connection(listener.getsockname())
+        called, _ = listener.accept()
+    with caller, called:
+        yield caller, called
+
+
+def session_in(role: str, state: str) -> Session:
+    session = Session(role)
+    session.state = state
+    return session
+
+
+@contextmanager
+def streams(
+    here: tuple[str, str], there: tuple[str, str], timeout_s: float = PEER_TIMEOUT_S
+) -> Iterator[tuple[Stream, Stream]]:
+    """Two streams that are connected, each in a role and a state."""
+    with (
+        connection() as (caller, called),
+        Stream(caller, session_in(*here), timeout_s) as one,
+        Stream(called, session_in(*there), timeout_s) as other,
+    ):
+        yield one, other
+
+
+@contextmanager
+def migration() -> Iterator[tuple[Stream, Stream]]:
+    """A source and a destination that have greeted each other."""
+    with streams(("source", "new"), ("destination", "new")) as (source, destination):
+        source.send(HELLO)
+        assert destination.expect(Kind.HELLO) == HELLO
+        destination.send(Welcome(MAJOR, MINOR))
+        source.expect(Kind.WELCOME)
+        yield source, destination
+
+
+@contextmanager
+def lanes(number: int) -> Iterator[tuple[list[Stream], list[Stream]]]:
+    """Both ends of so many further connections that carry pages."""
+    if not number:
+        yield [], []
+        return
+    with streams(("sender", "streaming"), ("receiver", "streaming")) as (one, other), lanes(number - 1) as others:
+        yield [one, *others[0]], [other, *others[1]]
+
+
+@contextmanager
+def memory(pages: int) -> Iterator[Ram]:
+    ram = Ram.create("test", pages * PAGE)
+    try:
+        yield ram
+    finally:
+        ram.close()
+
+
+def scribble(ram: Ram, pages: set[int]) -> None:
+    """Something of its own in each page, not always in its first word."""
+    for page in pages:
+        ram.words[page, page % 512] = page + 1
+
+
+def page_set(runs: np.ndarray) -> set[int]:
+    """The pages of runs, by Python alone."""
+    return {page for first, end in runs.tolist() for page in range(first, end)}
+
+
+def receive_round(stream: Stream, ram: Ram, hashes: PageHashes) -> list[Header]:
+    """Frames of pages up to the end of the round, which is acknowledged."""
+    headers = []
+    while (header := stream.receive()[0]).kind is not Kind.ROUND_END:
+        headers.append(header)
+        stream.receive_pages(header, ram, hashes)
+    stream.mark(Kind.ROUND_ACK, header.round)
+    return headers
