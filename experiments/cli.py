@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from experiments.conduct import Experiment, conduct
 from experiments.run import Options
-from hosts.announce import MODES, SCHEDULE_MS
+from hosts import announce
 from hosts.policy import MODES, STRATEGIES, Policy
 from hosts.transport import COMPRESSIONS, MAX_STREAMS, Transport
 from topologies.errors import TestbedError, UsageError
@@ -21,7 +21,10 @@ from topologies.plan import DEFAULT_PLAN, read_plan
 from topologies.units import parse_bitrate, parse_percent, parse_rate, parse_size
 
 # name -> what it shows; each is a module of this package
-EXPERIMENTS = {"basic_vmotion": "a VM moves from one host to the other and its client notices nothing"}
+EXPERIMENTS = {
+    "basic_vmotion": "a VM moves from one host to the other and its client notices nothing",
+    "faults": "at every state of a migration something breaks; each time the end is the one that was promised",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,8 +87,8 @@ def experiment_options(parser: argparse.ArgumentParser) -> None:
     add("--working-set", type=quantity(parse_size), default=default, metavar="SIZE", help="written to, like 64MiB")
     add("--link", type=quantity(parse_bitrate), default=default, metavar="RATE", help="the cable: 1Gbit, unshaped")
     add("--mode", choices=MODES, default="precopy", help="how RAM is moved")
-    add("--announce", choices=MODES, default="rarp", help="how the VM's new place is told")
-    add("--announce-ms", type=_schedule, default=SCHEDULE_MS, metavar="MS,...", help="when, after the resume")
+    add("--announce", choices=announce.MODES, default="rarp", help="how the VM's new place is told")
+    add("--announce-ms", type=_schedule, default=announce.SCHEDULE_MS, metavar="MS,...", help="when, after the resume")
     add("--downtime-ms", type=_positive, default=50.0, metavar="MS", help="the longest downtime aimed at")
     add("--timeout-s", type=_positive, default=120.0, metavar="S", help="when the strategy takes over from pre-copy")
     add("--timeout-strategy", choices=STRATEGIES, default="cancel", help="what is done then")
@@ -96,6 +99,18 @@ def experiment_options(parser: argparse.ArgumentParser) -> None:
     add("--datastore", choices=("local",), default="local", help="where ownership is kept")
     add("--seed", type=int, default=1, help="of the clients' random choices")
     add("--out", type=Path, default=None, metavar="DIR", help="results folder (default: results/NAME-TIME)")
+
+
+def _case_options(parser: argparse.ArgumentParser) -> None:
+    """Of experiments that consist of cases; each is small, so their VM is."""
+    parser.add_argument("--list", action="store_true", help="name the cases")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this case; may be repeated")
+    parser.add_argument("--long", action="store_true", help="all cases")
+    parser.set_defaults(ram=parse_size("64MiB"), working_set=parse_size("8MiB"), dirty_rate=parse_rate("5MB/s"))
+
+
+# further options of an experiment, by its name
+_FURTHER = {"faults": _case_options}
 
 
 def options_of(chosen: argparse.Namespace, command_line: Sequence[str]) -> Options:
@@ -115,8 +130,15 @@ def options_of(chosen: argparse.Namespace, command_line: Sequence[str]) -> Optio
         transport=Transport(chosen.encrypt, chosen.compress, chosen.bandwidth_limit, chosen.streams),
         seed=chosen.seed,
         out=chosen.out,
+        only=tuple(getattr(chosen, "only", ())),
+        long=getattr(chosen, "long", False),
         command_line=tuple(command_line),
     )
+
+
+def _options_of_experiment(name: str, parser: argparse.ArgumentParser) -> None:
+    experiment_options(parser)
+    _FURTHER.get(name, lambda parser: None)(parser)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="one experiment by its name (root)")
     names = run.add_subparsers(dest="experiment", metavar="NAME", required=True, parser_class=_Parser)
     for name, shows in EXPERIMENTS.items():
-        experiment_options(names.add_parser(name, help=shows))
+        _options_of_experiment(name, names.add_parser(name, help=shows))
     bench = commands.add_parser("bench", help="measure, and compare with the targets (root)")
     bench.add_argument("--only", metavar="NAME", default=None, help="one row group; see --list")
     bench.add_argument("--list", action="store_true", help="name the row groups")
@@ -159,8 +181,16 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _named(name: str, chosen: argparse.Namespace, words: Sequence[str]) -> int:
-    options = options_of(chosen, ["vmotion", *words])
-    module = importlib.import_module(f"experiments.{name}")
+    return _conducted(name, importlib.import_module(f"experiments.{name}"), chosen, ["vmotion", *words])
+
+
+def _conducted(name: str, module: Any, chosen: argparse.Namespace, words: Sequence[str]) -> int:
+    if getattr(chosen, "list", False):
+        print("\n".join(module.names()))
+        return 0
+    options = options_of(chosen, words)
+    if options.only:
+        module.chosen(options.only, options.long)  # a wrong name is told before anything is made
     return conduct(name, module.run, options)
 
 
@@ -181,8 +211,9 @@ def main() -> int:
 def script(name: str, experiment: Experiment, about: str | None) -> NoReturn:
     """An experiment called as a program of its own; `about`, its docstring, is its --help."""
     parser = _Parser(prog=name, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    experiment_options(parser)
-    sys.exit(_guarded(lambda: conduct(name, experiment, options_of(parser.parse_args(), sys.argv))))
+    _options_of_experiment(name, parser)
+    module = sys.modules["__main__"]
+    sys.exit(_guarded(lambda: _conducted(name, module, parser.parse_args(), sys.argv)))
 
 
 if __name__ == "__main__":

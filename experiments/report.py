@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from hosts.ram import PAGE
 from hosts.precopy import Progress as RoundProgress
+from hosts.ram import PAGE
 from topologies.units import format_size
 
 console = Console(highlight=False, soft_wrap=True)

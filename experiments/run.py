@@ -39,7 +39,9 @@ class Options:
     policy: Policy
     seed: int
     out: Path | None
-    transport: Transport = Transport()
+    transport: Transport = field(default_factory=Transport)
+    only: tuple[str, ...] = ()  # of an experiment with cases: which
+    long: bool = False
     peer_timeout_s: float = PEER_TIMEOUT_S
     command_line: tuple[str, ...] = field(default=tuple(sys.argv))
 

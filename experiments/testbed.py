@@ -45,7 +45,7 @@ class Testbed:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._datastore = run.folder / "datastore"
+        self.datastore = run.folder / "datastore"
         self.children: dict[str, Child] = {}
         self._starts: Counter[str] = Counter()
         self._stack = ExitStack()
@@ -105,7 +105,8 @@ class Testbed:
 
     # ------------------------------------------------------------ parts
 
-    def _start(self, name: str, popen: Callable[..., Any], *words: str) -> Child:
+    def start_child(self, name: str, popen: Callable[..., Any], *words: str) -> Child:
+        """A Python module as a program of its own, which ends with the testbed."""
         self._starts[name] += 1  # a second one must not overwrite what the first has said
         log = self.run.logs / (f"{name}.log" if self._starts[name] == 1 else f"{name}.{self._starts[name]}.log")
         child = Child(name, popen, [sys.executable, "-m", *words], log, _ROOT)
@@ -126,7 +127,7 @@ class Testbed:
     def _start_controller(self) -> None:
         """In the world's root namespace. It listens before the network starts, or Mininet goes on without it."""
         listening = ("--port", str(_CONTROLLER_PORT), "--events", str(self.run.events_file))
-        self._start("controller", Popen, "controller.app", *listening)
+        self.start_child("controller", Popen, "controller.app", *listening)
         self._await_event("controller.listening", "controller")
 
     @contextmanager
@@ -168,7 +169,7 @@ class Testbed:
         return PRIVATE
 
     def _start_agents(self) -> None:
-        self._datastore.mkdir()
+        self.datastore.mkdir()
         self._stack.callback(self._end_guests)
         for host in self.run.plan.hosts:
             (_GUESTS / host.name).mkdir(parents=True, exist_ok=True)
@@ -178,10 +179,10 @@ class Testbed:
 
     def _launch_agent(self, host: str) -> None:
         words = ["hosts.agent", "--plan", str(self.run.options.plan_file), "--host", host]
-        words += ["--certificates", str(PRIVATE), "--datastore", str(self._datastore), "--guests", str(_GUESTS / host)]
+        words += ["--certificates", str(PRIVATE), "--datastore", str(self.datastore), "--guests", str(_GUESTS / host)]
         words += ["--peer-timeout-s", str(self.run.options.peer_timeout_s)]
         words += ["--events", str(self.run.events_file), "--logs", str(self.run.logs)]
-        self._start(f"agent-{host}", self.popen(host), *words)
+        self.start_child(f"agent-{host}", self.popen(host), *words)
 
     def _listened(self, host: str) -> int:
         """How many agents of a host have come up so far."""

@@ -202,10 +202,7 @@ class Agent:
         with self.lock:  # migrations first: what has just come to its end shows among the VMs
             coming = {name: {"role": "destination", "progress": None} for name in (*self.arriving, *self.receiving)}
             leaving = {name: {"role": "source", "progress": self.progress.get(name)} for name in list(self.leaving)}
-        vms = {
-            name: {"generation": machine.generation, "state": machine.guest.state, "pid": machine.guest.pid}
-            for name, machine in dict(self.machines).items()
-        }
+        vms = {name: _described(machine) for name, machine in dict(self.machines).items()}
         return {"host": self.name, "vms": vms, "migrations": coming | leaving, "memory_bytes": own_memory_bytes()}
 
     # ------------------------------------------------------------ what another agent has left
@@ -339,6 +336,11 @@ class Agent:
             incoming.machine.dismantle()
         for machine in list(self.machines.values()):
             machine.dismantle()
+
+
+def _described(machine: Machine) -> dict[str, Any]:
+    guest = machine.guest
+    return {"generation": machine.generation, "state": guest.state, "pid": guest.pid, "work": guest.work}
 
 
 def own_memory_bytes() -> int:

@@ -93,7 +93,7 @@ class Abandon(Request, frozen=True):
 class Status(Request, frozen=True):
     """Replies {"host", "vms", "migrations", "memory_bytes"}: memory beyond the guests' RAM.
 
-    vms: {name: {"generation", "state", "pid"}}, the state as in hosts/channel.py, or "dead";
+    vms: {name: {"generation", "state", "pid", "work"}}, the state as in hosts/channel.py, or "dead";
     migrations under way here: {migration: {"role": "source" or "destination", "progress": the latest or None}}.
     """
 

@@ -16,7 +16,6 @@ from hosts.protocol import PLAIN, Kind, encode_hashes
 from hosts.ram import PageHashes, Ram, count, pages_of, runs_of
 from hosts.stream import Stream
 
-
 # With runs of so many pages on average, not copying is worth the calls that it takes
 _LONG_RUN = 16
 

@@ -38,6 +38,8 @@ _BOOT_TIMEOUT_S = 120
 # Of the name of a guest's socket while pages are still to come to it (post-copy)
 _INCOMPLETE = ".incomplete"
 
+WORK_WORD = 1  # of page 0: where the light guest counts the pages that it has written (hosts/light_guest.py)
+
 _ROOT = Path(__file__).parent.parent  # what the program is imported from
 _Reply = TypeVar("_Reply", bound=channel.Message)
 
@@ -65,6 +67,11 @@ class Guest(ABC):
     @abstractmethod
     def state(self) -> str:
         """One of channel.STATES, or "dead"."""
+
+    @property
+    @abstractmethod
+    def work(self) -> int:
+        """How much its workload has done since it was powered on, in pages written: does it run, and how fast?"""
 
     @abstractmethod
     def power_on(self) -> None:
@@ -132,6 +139,7 @@ class LightGuest(Guest):
         for descriptor in (self._pidfd, *others):
             self._let_go.callback(os.close, descriptor)
         self._let_go.callback(self.ram.close)
+        self._let_go.callback(self.bitmap.close)
         self._let_go.callback(connection.close)
         self._home = home
 
@@ -186,6 +194,10 @@ class LightGuest(Guest):
     @property
     def state(self) -> str:
         return "dead" if _has_ended(self._pidfd) else self._state
+
+    @property
+    def work(self) -> int:
+        return int(self.ram.words[0, WORK_WORD])
 
     def power_on(self) -> None:
         self._order(channel.Boot(self.vm, self.memo), "running", _BOOT_TIMEOUT_S)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from hosts.protocol import PLAIN, Flag
+from hosts.protocol import CHUNK_PAGES, PLAIN, Flag
+from hosts.ram import PAGE
 from topologies.errors import TestbedError
 
 # Longer than what socket buffers swallow at once, so that the link's speed shows
@@ -17,6 +18,8 @@ TRIAL_PAGES = 2048
 # A packing that saves less than this is not worth the receiver's work
 _MIN_GAIN = 0.05
 _ZSTD_LEVEL = 1
+# No window is larger than what is packed at once
+_MAX_WINDOW = CHUNK_PAGES * PAGE
 
 
 def packer(method: str) -> tuple[Flag, Callable[[bytes], bytes]]:
@@ -38,8 +41,10 @@ def unpack(flag: Flag, data: bytes, size: int) -> bytes:
         if flag is Flag.ZSTD:
             import zstandard
 
-            # of the frame's own claim about its size nothing is believed
-            content = zstandard.ZstdDecompressor().decompressobj().decompress(data) if _declares(data, size) else b""
+            if zstandard.get_frame_parameters(data).content_size != size:
+                raise TestbedError("they claim another size")
+            # into a buffer of that size; a stream would grow with whatever the frame holds
+            content = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompress(data, allow_extra_data=False)
         else:
             import lz4.block
 
@@ -49,12 +54,6 @@ def unpack(flag: Flag, data: bytes, size: int) -> bytes:
     if len(content) != size:
         raise TestbedError(f"packed pages are {len(content)} bytes, not {size}")
     return bytes(content)
-
-
-def _declares(data: bytes, size: int) -> bool:
-    import zstandard
-
-    return zstandard.get_frame_parameters(data).content_size == size
 
 
 class Trial(msgspec.Struct):

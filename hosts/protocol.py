@@ -37,7 +37,8 @@ other then, it is `lost` and has to be started again (cold), as with every post-
 Further connections of a migration carry pages (--streams) or the pages that the resumed guest waits for:
 
     sender (source)                                 receiver (destination)
-    joining      -- JOIN token, purpose --------->  joined
+    new          -- JOIN token, purpose --------->  new
+    joining                                         joined
     streaming    <------ WELCOME ----------------   streaming
     streaming    -- PAGES, ZERO ----------------->  streaming
     round_ended  -- ROUND_END ------------------->  round_ended
@@ -219,9 +220,7 @@ class Header:
     flags: Flag = PLAIN
 
     def pack(self) -> bytes:
-        return HEADER.pack(
-            MAGIC, self.kind, self.flags, self.round, self.pages, self.runs, self.sequence, self.length
-        )
+        return HEADER.pack(MAGIC, self.kind, self.flags, self.round, self.pages, self.runs, self.sequence, self.length)
 
     @property
     def table_bytes(self) -> int:

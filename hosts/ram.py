@@ -290,6 +290,9 @@ class DirtyBitmap(ABC):
     def peek(self) -> np.ndarray:
         """Runs of the dirty pages; they stay dirty."""
 
+    def close(self) -> None:  # noqa: B027  (most have nothing to close)
+        """Nobody asks any more."""
+
 
 class WpAsyncBitmap(DirtyBitmap):
     """PAGEMAP_SCAN reads and write-protects in one step, so no write falls between."""
@@ -307,6 +310,9 @@ class WpAsyncBitmap(DirtyBitmap):
 
     def peek(self) -> np.ndarray:
         return self._scan(_PM_SCAN_CHECK_WPASYNC, 0, None)
+
+    def close(self) -> None:
+        self._pagemap.close()
 
     def _scan(self, flags: int, first: int, end: int | None) -> np.ndarray:
         found, at = [], self._first + first * PAGE

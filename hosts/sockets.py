@@ -52,6 +52,11 @@ _CARRIED = frozenset((_ESTABLISHED, _FIN_WAIT1, _FIN_WAIT2, _CLOSE_WAIT, _LAST_A
 _WE_SAID_GOOD_BYE = frozenset((_FIN_WAIT1, _FIN_WAIT2, _LAST_ACK, _CLOSING))
 _PEER_SAID_GOOD_BYE = frozenset((_CLOSE_WAIT, _LAST_ACK, _CLOSING))
 _FIN, _ACK = 0x01, 0x10  # flags of a segment
+# linux/in.h, linux/in6.h: IP_TRANSPARENT, IPV6_TRANSPARENT
+_TRANSPARENT: dict[int, tuple[int, int]] = {
+    socket.AF_INET: (socket.IPPROTO_IP, 19),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 75),
+}
 _TCP = socket.IPPROTO_TCP
 _PLAIN_OPTIONS = (
     (_TCP, socket.TCP_NODELAY),
@@ -266,8 +271,14 @@ def _say_good_bye(sock: socket.socket, state: TcpState, first: int) -> None:
 
 def _inject(sock: socket.socket, state: TcpState, flags: int, acknowledged: int, taken: Callable[[], bool]) -> None:
     """Let the kernel have a segment of the peer's: it goes out to our own address, and so comes in by `lo`."""
-    with socket.socket(state.settled.family, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
-        raw.sendto(_packet(state, flags, acknowledged & 0xFFFFFFFF), (state.settled.local[0], 0))
+    family, local, peer = state.settled.family, state.settled.local, state.settled.peer
+    level, transparent = _TRANSPARENT[family]
+    with socket.socket(family, socket.SOCK_RAW, _TCP) as raw:
+        # The kernel makes the IP header (raw(7)), from the peer's address, which is not ours: "transparent". With an
+        # IPv6 header of our own, the route that the connection then keeps would keep the VM's device from going away.
+        raw.setsockopt(level, transparent, 1)
+        raw.bind((peer[0], 0))
+        raw.sendto(_segment(state, flags, acknowledged & 0xFFFFFFFF), (local[0], 0))
     deadline = time.monotonic() + _INJECTED_WITHIN_S
     while not taken():
         if time.monotonic() > deadline:
@@ -275,8 +286,8 @@ def _inject(sock: socket.socket, state: TcpState, flags: int, acknowledged: int,
         time.sleep(0.0002)
 
 
-def _packet(state: TcpState, flags: int, acknowledged: int) -> bytes:
-    """A segment without data from the peer, with its IP header (RFC 9293, 791, 8200); no window is changed by it."""
+def _segment(state: TcpState, flags: int, acknowledged: int) -> bytes:
+    """A segment without data from the peer (RFC 9293); no window is changed by it."""
     family, local, peer = state.settled.family, state.settled.local, state.settled.peer
     source, target = (socket.inet_pton(family, str(end[0])) for end in (peer, local))
     window = min(_WINDOW.unpack(state.window)[1] >> state.settled.send_wscale, 0xFFFF)
@@ -289,11 +300,7 @@ def _packet(state: TcpState, flags: int, acknowledged: int) -> bytes:
     total = sum(struct.unpack(f"!{len(covered) // 2}H", covered))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
-    segment = head + struct.pack("!HH", total ^ 0xFFFF, 0) + options
-    if family == socket.AF_INET6:
-        return struct.pack("!IHBB", 6 << 28, size, _TCP, 64) + source + target + segment
-    # the kernel fills in lengths and checksum (raw(7))
-    return struct.pack("!BBHHHBBH", 4 << 4 | 5, 0, 0, 0, 0, 64, _TCP, 0) + source + target + segment
+    return head + struct.pack("!HH", total ^ 0xFFFF, 0) + options
 
 
 def release(sock: socket.socket, state: TcpState | None = None) -> None:

@@ -79,6 +79,7 @@ class VCenter:
         self.places: dict[str, str] = {}  # VM -> host
         self.tasks: dict[str, Task[Result]] = {}  # VM -> its latest migration
         self.queue = Queue(migrations_at_once(plan.link))
+        self.detour: Callable[[str, int], tuple[str, int]] = lambda ip, port: (ip, port)  # of streams, for experiments
         self._certificates = certificates
         self._idle: dict[str, list[AgentClient]] = {host.name: [] for host in plan.hosts}
         self._lock = threading.Lock()  # of the tables above
@@ -161,7 +162,7 @@ class VCenter:
             try:
                 if task.cancelled:
                     raise ControlError(f"VM {vm} stays on {source}: cancelled")
-                where = (ready["ip"], ready["port"], ready["token"])
+                where = (*self.detour(ready["ip"], ready["port"]), ready["token"])
                 reply = self._call(
                     source, control.Migrate(vm, move.migration, *where, move.policy, move.transport), note
                 )
@@ -192,7 +193,7 @@ class VCenter:
 
     def find(self, vm: str) -> str:
         """Where a VM is, in words: whom the datastore names, as any agent sees it. Corrects the inventory."""
-        said = {host.name: status for host in self.plan.hosts if (status := self._status_if_reachable(host.name))}
+        said = {host.name: status for host in self.plan.hosts if (status := self.status_of(host.name))}
         if not said:
             return f"it is unknown where VM {vm} is: no agent answers"
         try:
@@ -211,7 +212,7 @@ class VCenter:
         """Until no agent that answers is at this migration any more; not for ever."""
         deadline = time.monotonic() + _END_WITHIN_S
         while time.monotonic() < deadline:
-            said = (self._status_if_reachable(host) for host in (move.source, move.to))
+            said = (self.status_of(host) for host in (move.source, move.to))
             if not any(status and move.migration in status["migrations"] for status in said):
                 return
             if self._closed.wait(_ASK_EVERY_S):
@@ -247,7 +248,8 @@ class VCenter:
             while clients:
                 clients.pop().close()
 
-    def _status_if_reachable(self, host: str) -> dict[str, Any] | None:
+    def status_of(self, host: str) -> dict[str, Any] | None:
+        """The same of one agent; None if it does not answer."""
         try:
             status: dict[str, Any] = self._call(host, control.Status())
         except AgentGone:

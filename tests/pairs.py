@@ -6,11 +6,30 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from hosts.protocol import MAJOR, MINOR, Header, Hello, Kind, Session, Welcome
+from hosts.protocol import CHUNK_PAGES, MAJOR, MINOR, Header, Hello, Kind, Session, Welcome
 from hosts.ram import PAGE, PageHashes, Ram
 from hosts.stream import PEER_TIMEOUT_S, Stream
 
 SILENCE_S = 0.1  # instead of the real time-out, where a test waits for it
+MIB = 2**20
+# kind -> the most that its body may hold, in bytes
+LIMITS = {
+    Kind.HELLO: 4096,
+    Kind.WELCOME: 4096,
+    Kind.PAGES: CHUNK_PAGES * (PAGE + 16),
+    Kind.ZERO: CHUNK_PAGES * 8,
+    Kind.ROUND_END: 0,
+    Kind.ROUND_ACK: 0,
+    Kind.STATE: 128 * MIB,
+    Kind.RESUMED: 4096,
+    Kind.ABORT: 4096,
+    Kind.SUSPENDING: 0,
+    Kind.JOIN: 4096,
+    Kind.BITMAP: 16 * MIB,
+    Kind.FETCH: 8,
+    Kind.ALL_SENT: 4096,
+    Kind.COMPLETE: MIB,
+}
 HELLO = Hello(MAJOR, MINOR, "vm1-0badcafe", "token", 0)
 
 
@@ -62,6 +81,11 @@ def lanes(number: int) -> Iterator[tuple[list[Stream], list[Stream]]]:
         return
     with streams(("sender", "streaming"), ("receiver", "streaming")) as (one, other), lanes(number - 1) as others:
         yield [one, *others[0]], [other, *others[1]]
+
+
+def table(*runs: tuple[int, int]) -> bytes:
+    """Runs as they are on the wire."""
+    return np.array(runs, ">u4").tobytes()
 
 
 @contextmanager

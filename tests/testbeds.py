@@ -36,7 +36,8 @@ def slow_cable(testbed: Testbed, rate: str = "100mbit") -> Iterator[None]:
 
     def set_rate(rate: str) -> None:
         for host in HOSTS:
-            words = f"class change dev {host}-vmnic1 parent 5:0 classid 5:1 htb rate {rate} burst 15k quantum 60000"
+            limits = f"rate {rate} ceil {rate} burst 15k cburst 15k quantum 60000 prio 1"
+            words = f"class change dev {host}-vmnic1 parent 5:10 classid 5:1 htb {limits}"
             run("mnexec", "-a", str(testbed.net[host].pid), "tc", *words.split())
 
     set_rate(rate)

@@ -21,7 +21,7 @@ assert VM.interface6 is not None
 ADDRESSES = {"IPv4": str(VM.interface.ip), "IPv6": str(VM.interface6.ip)}
 both_families = pytest.mark.parametrize("ip", ADDRESSES.values(), ids=ADDRESSES.keys())
 FIN_WAIT2 = 5  # net/tcp_states.h
-LISTEN, TIME_WAIT = "0A", "06"  # the same in /proc/net/tcp
+LISTEN, TIME_WAIT, CLOSE_WAIT, LAST_ACK = "0A", "06", "08", "09"  # the same in /proc/net/tcp
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +144,7 @@ def test_a_client_that_has_said_good_bye_gets_all_its_answers_after_the_move(qui
     customer = Customer(quiet, ip, 1 + len(ip), buffer_bytes=4096)
     customer.ask(2_000)
     customer.say_good_bye()
+    eventually(lambda: LAST_ACK in connections(quiet), "good-bye of the VM")
     migrate(quiet)
     customer.hear()
     customer.hear_good_bye()
@@ -157,6 +158,7 @@ def test_answers_that_had_no_room_follow_after_the_move_of_a_half_closed_connect
     customer.hear()
     customer.ask_for_records(20)
     customer.say_good_bye()
+    assert CLOSE_WAIT in connections(quiet)
     migrate(quiet)
     first = customer.hear_records()
     migrate(quiet)

@@ -3,11 +3,13 @@
 import re
 from collections import deque
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from pairs import session_in
 
 from hosts import protocol
 from hosts.protocol import (
@@ -21,10 +23,9 @@ from hosts.protocol import (
     Session,
 )
 from hosts.ram import PAGE
-from pairs import session_in
 
 MESSAGES = {f"{direction} {kind.name}" for direction in ("send", "receive") for kind in Kind}
-OWN_ACTS = {"resume", "stop", "claim", "claim lost", "lost"}
+OWN_ACTS = {"resume", "stop", "whole", "claim", "claim lost", "lost"}
 EVENTS = sorted(MESSAGES | OWN_ACTS)
 CLAIMED = {"claimed", "owned"}  # the points of no return
 roles = st.sampled_from(sorted(TABLE))
@@ -124,7 +125,7 @@ def test_a_walk_along_the_table_never_leaves_aborted_after_a_claim(role: str, da
         walked.append(data.draw(st.sampled_from(sorted(TABLE[role][session.state]))))
         session.step(walked[-1])
     assert entered[-1] == session.state
-    assert all(one != other for one, other in zip(entered, entered[1:], strict=False)), "each state is told once"
+    assert all(one != other for one, other in pairwise(entered)), "each state is told once"
     if role == "destination":
         assert (session.state == "aborted") == ("claim" not in walked)
         assert (session.state == "done") <= ("resume" in walked)
@@ -364,7 +365,7 @@ def test_a_side_that_waits_for_the_other_never_gets_a_message_that_it_must_refus
 
 @pytest.mark.parametrize("ending", ["pre-copy", "post-copy"])
 def test_without_a_fault_every_migration_can_be_completed(ending: str) -> None:
-    faults = ("lost", "ABORT", "stop")
+    faults = ("lost", "ABORT", "stop", "whole")
     seen: set[World] = set()
     todo = [World()]
     while todo:

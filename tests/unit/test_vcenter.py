@@ -39,7 +39,7 @@ def test_a_cancel_that_the_source_does_not_know_of_yet_is_said_again(tmp_path: P
             case control.Prepare():
                 return {"ip": "", "port": 0, "token": ""}
             case control.Migrate():
-                task.cancel()  # as another thread would, before the source has begun
+                vcenter.tasks["vm1"].cancel()  # as another thread would, before the source has begun
                 raise ControlError("VM vm1 stays on esx1: cancelled")
             case control.Cancel():
                 said.append(host)

@@ -1,0 +1,133 @@
+"""What can go wrong with a migration, when, and how it has to end. Pure: a table, and the cases that follow from it.
+
+A case stops a migration at a state of the protocol's table (hosts/protocol.py), does an injury to it there, lets it
+go on, heals what can be healed (a new agent, the cable plugged in again, the frozen process continued), and looks at
+the end:
+
+    S   the VM runs at the source          D   the VM runs at the destination
+    C   cold: it is off, or its guest is dead, and it can be powered on again
+
+Two letters mean that either may happen: what decides has been sent already, or has not, when the injury is done.
+
+kill-source-agent, kill-target-agent     kill -9; a new agent is started afterwards
+kill-source-guest, kill-target-guest     kill -9 of the VM's process there; a VM whose process is killed has crashed
+cut                                      nothing crosses the vMotion cable any more, either way
+freeze-peer                              SIGSTOP to the other side's agent, until the stopped side has lost its patience
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+INJURIES = (
+    "kill-source-agent",
+    "kill-target-agent",
+    "kill-source-guest",
+    "kill-target-guest",
+    "cut",
+    "freeze-peer",
+)
+
+# mode, state, and the end after each injury, in the order above
+_TABLE = """
+    precopy   source:greeting          S   S   C   S   S   S
+    precopy   source:precopy           S   S   C   S   S   S
+    precopy   source:round_ended       S   S   C   S   S   S
+    precopy   source:suspended         S   S   C   S   S   S
+    precopy   source:handed_over       S   S   D   S   S   S
+    precopy   destination:greeted      S   S   C   S   S   S
+    precopy   destination:receiving    S   S   C   S   S   S
+    precopy   destination:round_ended  S   S   C   S   S   S
+    precopy   destination:switching    SD  S   CD  S   SD  SD
+    precopy   destination:restoring    D   S   D   S   D   D
+    precopy   destination:claimed      D   D   D   C   D   D
+    precopy   destination:running      D   D   D   C   D   D
+    postcopy  source:listed            S   S   D   S   S   S
+    postcopy  source:entrusted         S   S   D   S   S   S
+    postcopy  source:serving           C   C   D   C   C   C
+    postcopy  source:served            CD  C   D   C   CD  CD
+    postcopy  destination:listed       S   S   D   S   S   S
+    postcopy  destination:rebuilding   S   S   D   S   S   S
+    postcopy  destination:owned        C   C   D   C   C   C
+    postcopy  destination:resumed      C   C   D   C   C   C
+    postcopy  destination:filling      C   C   D   C   C   C
+    postcopy  destination:filled       D   C   D   C   D   D
+"""
+
+
+class End(Enum):
+    SOURCE = "S"
+    DESTINATION = "D"
+    COLD = "C"
+
+
+@dataclass(frozen=True)
+class Case:
+    """`at`: the state at which the migration is stopped, "" for nowhere; `ends`: which are right."""
+
+    injury: str
+    at: str
+    mode: str
+    ends: frozenset[End]
+
+    @property
+    def unsure(self) -> bool:
+        """Is it about a source that cannot know whether the destination has claimed?"""
+        return self.at in ("source:uncertain", "source:doubtful")
+
+    @property
+    def name(self) -> str:
+        if self.at:
+            return f"{self.injury}@{self.at}"
+        return self.injury if self.mode == "precopy" else f"{self.injury}-in-{self.mode}"
+
+
+def _ends(letters: str) -> frozenset[End]:
+    return frozenset(End(letter) for letter in letters)
+
+
+def _tabled() -> list[Case]:
+    cases = []
+    for line in _TABLE.strip().splitlines():
+        mode, state, *ends = line.split()
+        cases += [Case(injury, state, mode, _ends(end)) for injury, end in zip(INJURIES, ends, strict=True)]
+    return cases
+
+
+# Injuries of other kinds, each where it hurts most
+_OTHERS = [
+    # one direction of the cable only
+    Case("cut-to-destination", "source:precopy", "precopy", _ends("S")),
+    Case("cut-to-source", "source:precopy", "precopy", _ends("S")),
+    Case("cut-to-destination", "source:handed_over", "precopy", _ends("S")),
+    Case("cut-to-source", "destination:restoring", "precopy", _ends("D")),
+    Case("cut-to-source", "destination:claimed", "precopy", _ends("D")),
+    Case("cut-to-destination", "destination:filling", "postcopy", _ends("C")),
+    Case("cut-to-source", "source:serving", "postcopy", _ends("C")),
+    # a source that does not know whether the destination has claimed, and dies
+    Case("kill-source-agent", "source:uncertain", "precopy", _ends("D")),
+    Case("kill-source-agent", "source:doubtful", "postcopy", _ends("S")),
+    # memory and storage
+    Case("destination-out-of-memory", "", "precopy", _ends("S")),
+    Case("datastore-unreachable", "destination:restoring", "precopy", _ends("S")),
+    Case("datastore-unreachable", "destination:rebuilding", "postcopy", _ends("S")),
+    Case("datastore-away-for-a-while", "source:uncertain", "precopy", _ends("S")),
+    # a byte of the stream is another one when it arrives
+    Case("corrupt-byte", "", "precopy", _ends("S")),
+    Case("corrupt-byte", "", "postcopy", _ends("C")),
+    # the announcement
+    Case("rarp-lost", "", "precopy", _ends("D")),
+    Case("rarp-duplicated", "destination:running", "precopy", _ends("D")),
+    Case("rarp-early", "source:precopy", "precopy", _ends("D")),
+]
+
+
+def all_cases() -> list[Case]:
+    return [*_tabled(), *_OTHERS]
+
+
+def short_cases() -> list[Case]:
+    """Two injuries at each state, every injury in turn, and all the others: what a test has time for."""
+    states = len(_tabled()) // len(INJURIES)
+    turns = {(state, (state * 2 + turn) % len(INJURIES)) for state in range(states) for turn in (0, 1)}
+    tabled = [case for index, case in enumerate(_tabled()) if divmod(index, len(INJURIES)) in turns]
+    return [*tabled, *_OTHERS]

@@ -1,0 +1,331 @@
+"""faults: at every state of a migration something breaks, and every time the end is the one that was promised.
+
+        esx1 ======X====== esx2        agents, guests, the cable, the datastore, the stream, the announcement:
+       [vm1]  --->  ?                  killed, cut, frozen, hidden, changed, lost - at the worst moment
+         ?    <---  ?
+
+For each case (experiments/fault_cases.py) a client uses the VM all the time. Afterwards these are checked:
+
+    end            it is one of those that the table has for the case
+    one_vm         exactly one process runs the VM, on one host (none after a cold end)
+    ledger         every acknowledged transaction is there exactly once, over the same connection (not after a cold end)
+    nothing_stray  no other guest process, no other port of the VM, no migration left at an agent
+    full_speed     the VM's workload writes as fast as it should
+    retry          after that the VM moves to the other host, and its RAM has equal digests
+
+    sudo ./vmotion run faults                           62 cases, about four minutes
+    sudo ./vmotion run faults --long                    all 150
+    sudo ./vmotion run faults --list
+    sudo ./vmotion run faults --only cut@source:suspended
+"""
+
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from experiments import injuries, report
+from experiments.children import READY, Child, wait_until_up
+from experiments.cli import script
+from experiments.fault_cases import Case, End, all_cases, short_cases
+from experiments.injuries import Heal, Scene
+from experiments.run import Run
+from experiments.streams import TransactionsResult
+from experiments.testbed import Testbed
+from experiments.verdict import Findings
+from hosts.policy import Policy
+from hosts.ram import PAGE
+from hosts.tasks import Task
+from topologies.errors import TestbedError, UsageError
+from topologies.events import find, read_events
+
+# A peer that is silent for so long is gone: short, for each frozen one costs us this time
+PEER_TIMEOUT_S = 1.5
+_REACHED_WITHIN_S = 20.0
+_OVER_WITHIN_S = 60.0
+_SPEED_FOR_S = 0.3
+_AT_LEAST_SPEED = 0.5  # of the dirty rate; the machine is busy with more than this VM
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a case ended. `checks` as in the module's docstring."""
+
+    name: str
+    expected: str
+    end: str
+    checks: dict[str, bool]
+    said: str
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return all(self.checks.values())
+
+
+def run(run: Run) -> Findings:
+    """Every case on one testbed, one after the other: each has to leave it as it was."""
+    cases = chosen(run.options.only, run.options.long)
+    run.options = replace(run.options, peer_timeout_s=PEER_TIMEOUT_S)
+    verdicts = []
+    with Testbed(run) as testbed:
+        vm = run.plan.vms[0].name
+        testbed.vcenter.power_on(vm)
+        for number, case in enumerate(cases, 1):
+            verdict = play(testbed, vm, case)
+            verdicts.append(verdict)
+            mark = "ok  " if verdict.passed else "FAIL"
+            report.say(f"{number:3}/{len(cases)}  {mark}  {verdict.seconds:5.1f} s  {verdict.end:11}  {verdict.name}")
+            if not verdict.passed:
+                report.say(
+                    f"         not: {[name for name, held in verdict.checks.items() if not held]}; {verdict.said}"
+                )
+    return findings(verdicts)
+
+
+def chosen(only: tuple[str, ...], long: bool) -> list[Case]:
+    """The cases by their names; UsageError if there is none of a name."""
+    if not only:
+        return all_cases() if long else short_cases()
+    known = {case.name: case for case in all_cases()}
+    for name in only:
+        if name not in known:
+            raise UsageError(f"there is no case {name!r}; --list names them")
+    return [known[name] for name in only]
+
+
+def names() -> list[str]:
+    return [case.name for case in all_cases()]
+
+
+def findings(verdicts: list[Verdict]) -> Findings:
+    checks: dict[str, bool] = {}
+    for verdict in verdicts:
+        for name, held in verdict.checks.items():
+            checks[name] = checks.get(name, True) and held
+    counts = {"cases": len(verdicts), "passed": sum(verdict.passed for verdict in verdicts)}
+    ends = dict(Counter(verdict.end for verdict in verdicts))
+    return Findings(
+        checks | {"all_cases_passed": counts["passed"] == counts["cases"] > 0},
+        {"faults": counts | {"ends": ends, "table": [asdict(verdict) for verdict in verdicts]}},
+    )
+
+
+# ---------------------------------------------------------------- one case
+
+
+def play(testbed: Testbed, vm: str, case: Case) -> Verdict:
+    """A migration, an injury, its healing; then the checks. The VM runs on one of the hosts again afterwards."""
+    began = time.monotonic()
+    vcenter = testbed.vcenter
+    source = vcenter.places[vm]
+    target = next(host.name for host in testbed.run.plan.hosts if host.name != source)
+    scene = Scene(testbed, vm, source, target)
+    with Clerk(testbed, vm, case.name) as clerk:
+        task = _migrate_with(scene, case)
+        _until(lambda: not _migrations(testbed), "no agent is at a migration", _OVER_WITHIN_S)
+        end = _end(scene)
+        checks = {"end": end in case.ends, "one_vm": _one_vm(scene, end)}
+        checks["ledger"] = end is End.COLD or clerk.nothing_lost()
+    checks["nothing_stray"] = _nothing_stray(scene, end)
+    if end is End.COLD:
+        vcenter.power_on(vm)
+    checks["full_speed"] = _full_speed(scene)
+    here = vcenter.places[vm]
+    retry = vcenter.migrate(vm, next(host.name for host in testbed.run.plan.hosts if host.name != here)).outcome
+    checks["retry"] = retry.source_digest == retry.destination_digest != ""
+    expected = "".join(sorted(one.value for one in case.ends))
+    return Verdict(case.name, expected, end.name.lower(), checks, _said(task), time.monotonic() - began)
+
+
+def _migrate_with(scene: Scene, case: Case) -> Task[Any]:
+    """The migration, broken and healed; returns when it has ended, however that was."""
+    vcenter, at = scene.testbed.vcenter, case.at
+    policy = Policy(mode="postcopy" if case.mode == "postcopy" else "precopy")
+    heals: list[Heal] = []
+    try:
+        if not at:
+            heals.append(_injure(scene, case))
+            task = vcenter.start_migration(scene.vm, scene.target, policy)
+        else:
+            host = scene.source if at.startswith("source:") else scene.target
+            heals += _stop_at(scene, case, host)
+            task = vcenter.tasks[scene.vm]
+            heals.insert(0 if case.injury == "datastore-away-for-a-while" else len(heals), _injure(scene, case))
+            if case.injury != f"kill-{'source' if host == scene.source else 'target'}-agent":
+                vcenter.go_on(host)
+        _let_it_work(task, case)
+    finally:
+        for heal in heals:
+            heal()
+    if not task.over.wait(_OVER_WITHIN_S):
+        raise TestbedError(f"{case.name}: the migration has not come to an end")
+    return task
+
+
+def _stop_at(scene: Scene, case: Case, host: str) -> list[Heal]:
+    """A migration that has stopped at the case's state."""
+    vcenter, reached = scene.testbed.vcenter, len(_events(scene, "breakpoint.reached"))
+    policy = Policy(mode="postcopy" if case.mode == "postcopy" else "precopy")
+    vcenter.breakpoint(host, case.at)
+    if not case.unsure:
+        vcenter.start_migration(scene.vm, scene.target, policy)
+        _until(lambda: len(_events(scene, "breakpoint.reached")) > reached, f"{case.name} has come to {case.at}")
+        return []
+    # a source becomes unsure if its destination, about to claim, says nothing
+    vcenter.breakpoint(scene.target, "destination:restoring" if case.mode == "precopy" else "destination:rebuilding")
+    vcenter.start_migration(scene.vm, scene.target, policy)
+    _until(lambda: len(_events(scene, "breakpoint.reached")) > reached, f"{case.name}: the destination is restoring")
+    thaw = injuries.freeze_agent(scene, scene.target)
+    _until(lambda: len(_events(scene, "breakpoint.reached")) > reached + 1, f"{case.name} has come to {case.at}")
+
+    def go_on() -> None:
+        thaw()
+        vcenter.go_on(scene.target)
+        _until(lambda: not (vcenter.status_of(scene.target) or {})["migrations"], "the destination has ended")
+
+    return [go_on]
+
+
+def _let_it_work(task: Task[Any], case: Case) -> None:
+    """Until what was injured can be healed: most migrations end by themselves."""
+    if case.injury == "freeze-peer":
+        time.sleep(2 * PEER_TIMEOUT_S)
+    elif case.injury == "datastore-away-for-a-while":
+        time.sleep(PEER_TIMEOUT_S)
+    elif not case.unsure:
+        task.over.wait(_OVER_WITHIN_S)
+
+
+def _injure(scene: Scene, case: Case) -> Heal:
+    source, target = scene.source, scene.target
+    peer = target if case.at.startswith("source:") else source
+    injure: dict[str, Callable[[], Heal]] = {
+        "kill-source-agent": lambda: injuries.kill_agent(scene, source),
+        "kill-target-agent": lambda: injuries.kill_agent(scene, target),
+        "kill-source-guest": lambda: injuries.kill_guest(injuries.guest_of(scene, source)),
+        "kill-target-guest": lambda: injuries.kill_guest(injuries.guest_of(scene, target)),
+        "cut": lambda: injuries.cut(scene, source, target),
+        "cut-to-destination": lambda: injuries.cut(scene, source),
+        "cut-to-source": lambda: injuries.cut(scene, target),
+        "freeze-peer": lambda: injuries.freeze_agent(scene, peer),
+        "destination-out-of-memory": lambda: injuries.take_memory(scene, target),
+        "datastore-unreachable": lambda: injuries.hide_datastore(scene),
+        "datastore-away-for-a-while": lambda: _source_ends_first(scene, injuries.hide_datastore(scene)),
+        "corrupt-byte": lambda: injuries.corrupt(scene),
+        "rarp-lost": lambda: injuries.lose_rarp(scene),
+        "rarp-duplicated": lambda: injuries.send_rarp(scene, target),
+        "rarp-early": lambda: injuries.send_rarp(scene, target),
+    }
+    return injure[case.injury]()
+
+
+def _source_ends_first(scene: Scene, heal: Heal) -> Heal:
+    def healed() -> None:
+        heal()
+        _until(lambda: bool(_events(scene, "vm.resumed_at_source")[-1:]), "the source has asked the datastore")
+
+    return healed
+
+
+# ---------------------------------------------------------------- the checks
+
+
+class Clerk:
+    """A client that makes transactions all the time, over one connection."""
+
+    def __init__(self, testbed: Testbed, vm: str, name: str) -> None:
+        self._out = testbed.run.folder / "probes" / f"{name.replace(':', '.')}.json"
+        self._out.parent.mkdir(exist_ok=True)
+        plan = testbed.run.plan
+        words = ["-m", "experiments.probes", "transactions", "--target", str(plan.vm(vm).interface.ip)]
+        words += ["--out", str(self._out), "--seed", str(time.monotonic_ns() % 2**31)]
+        popen, root = testbed.popen(plan.clients[0].name), Path(__file__).parent.parent
+        log = self._out.with_suffix(".log")
+        self._child = Child("the client", popen, [sys.executable, *words], log, root)
+
+    def __enter__(self) -> "Clerk":
+        wait_until_up([self._child], READY, time.monotonic() + 15)
+        return self
+
+    def nothing_lost(self) -> bool:
+        self._child.finish(signal.SIGTERM)
+        self._child.wait(time.monotonic() + 90)
+        seen = msgspec.json.decode(self._out.read_bytes(), type=TransactionsResult)
+        complete = seen.connection_survived and seen.audited == seen.acked > 0
+        return complete and seen.lost == seen.duplicated == 0 and seen.total_conserved is True
+
+    def __exit__(self, *_: object) -> None:
+        self._child.kill()
+
+
+def _end(scene: Scene) -> End:
+    """Where the VM is by now, as the datastore and the agents say."""
+    vcenter = scene.testbed.vcenter
+    vcenter.find(scene.vm)
+    host = vcenter.places.get(scene.vm)
+    status = vcenter.status_of(host) if host else None
+    if status is None or status["vms"].get(scene.vm, {}).get("state") != "running":
+        return End.COLD
+    return End.SOURCE if host == scene.source else End.DESTINATION
+
+
+def _one_vm(scene: Scene, end: End) -> bool:
+    """By the agents' words and by the processes themselves."""
+    vms = {host: status["vms"].get(scene.vm) for host, status in scene.testbed.vcenter.status().items()}
+    running = [vm["pid"] for vm in vms.values() if vm and vm["state"] == "running"]
+    return len(running) == (end is not End.COLD) and injuries.guest_pids() == set(running)
+
+
+def _nothing_stray(scene: Scene, end: End) -> bool:
+    place = {End.SOURCE: scene.source, End.DESTINATION: scene.target}.get(end)
+    ports = [host for host in (scene.source, scene.target) if injuries.has_port(scene, host)]
+    return ports == ([place] if place else ports) and not _migrations(scene.testbed)
+
+
+def _full_speed(scene: Scene) -> bool:
+    vcenter, host = scene.testbed.vcenter, scene.testbed.vcenter.places[scene.vm]
+
+    def work() -> tuple[int, float]:
+        return vcenter.status()[host]["vms"][scene.vm]["work"], time.monotonic()
+
+    before, began = work()
+    time.sleep(_SPEED_FOR_S)
+    after, ended = work()
+    due = scene.testbed.run.plan.vm(scene.vm).dirty_rate / PAGE * (ended - began)
+    return after - before >= due * _AT_LEAST_SPEED
+
+
+def _migrations(testbed: Testbed) -> list[str]:
+    said = [testbed.vcenter.status_of(host.name) for host in testbed.run.plan.hosts]
+    return [migration for status in said if status for migration in status["migrations"]]
+
+
+def _said(task: Task[Any]) -> str:
+    try:
+        task.wait()
+    except TestbedError as error:
+        return str(error)
+    return "moved"
+
+
+def _events(scene: Scene, kind: str) -> list[Any]:
+    return find(read_events(scene.testbed.run.events_file), kind)
+
+
+def _until(holds: Callable[[], bool], what: str, within_s: float = _REACHED_WITHIN_S) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > deadline:
+            raise TestbedError(f"not within {within_s:g} s: {what}")
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    script("faults", run, __doc__)
