@@ -23,6 +23,7 @@ from topologies.units import parse_bitrate, parse_percent, parse_rate, parse_siz
 # name -> what it shows; each is a module of this package
 EXPERIMENTS = {
     "basic_vmotion": "a VM moves from one host to the other and its client notices nothing",
+    "endurance": "two hundred moves back and forth under load, and nothing wears out",
     "faults": "at every state of a migration something breaks; each time the end is the one that was promised",
 }
 
@@ -83,6 +84,7 @@ def experiment_options(parser: argparse.ArgumentParser) -> None:
     add("--plan", type=Path, default=DEFAULT_PLAN, metavar="FILE", help="what the testbed consists of (TOML)")
     add("--ram", type=quantity(parse_size), default=default, metavar="SIZE", help="RAM of the VM, like 512MiB")
     add("--fill", type=quantity(parse_percent), default=default, metavar="SHARE", help="of it filled, like 75%%")
+    add("--compressible", type=quantity(parse_percent), default=default, metavar="SHARE", help="of what is filled")
     add("--dirty-rate", type=quantity(parse_rate), default=default, metavar="RATE", help="written, like 50MB/s")
     add("--working-set", type=quantity(parse_size), default=default, metavar="SIZE", help="written to, like 64MiB")
     add("--link", type=quantity(parse_bitrate), default=default, metavar="RATE", help="the cable: 1Gbit, unshaped")
@@ -109,8 +111,13 @@ def _case_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(ram=parse_size("64MiB"), working_set=parse_size("8MiB"), dirty_rate=parse_rate("5MB/s"))
 
 
+def _endurance_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--migrations", type=int, default=200, metavar="N", help="how many moves")
+    parser.set_defaults(ram=parse_size("64MiB"), working_set=parse_size("8MiB"), dirty_rate=parse_rate("20MB/s"))
+
+
 # further options of an experiment, by its name
-_FURTHER = {"faults": _case_options}
+_FURTHER = {"faults": _case_options, "endurance": _endurance_options}
 
 
 def options_of(chosen: argparse.Namespace, command_line: Sequence[str]) -> Options:
@@ -118,7 +125,8 @@ def options_of(chosen: argparse.Namespace, command_line: Sequence[str]) -> Optio
     plan = read_plan(chosen.plan)
     if hasattr(chosen, "link"):
         plan = dataclasses.replace(plan, link=chosen.link)
-    changes = {k: getattr(chosen, k) for k in ("ram", "fill", "dirty_rate", "working_set") if hasattr(chosen, k)}
+    of_vm = ("ram", "fill", "compressible", "dirty_rate", "working_set")
+    changes = {k: getattr(chosen, k) for k in of_vm if hasattr(chosen, k)}
     for vm in plan.vms:
         plan = plan.with_vm(dataclasses.replace(vm, **changes))
     return Options(
@@ -132,6 +140,7 @@ def options_of(chosen: argparse.Namespace, command_line: Sequence[str]) -> Optio
         out=chosen.out,
         only=tuple(getattr(chosen, "only", ())),
         long=getattr(chosen, "long", False),
+        migrations=getattr(chosen, "migrations", 1),
         command_line=tuple(command_line),
     )
 
@@ -150,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, shows in EXPERIMENTS.items():
         _options_of_experiment(name, names.add_parser(name, help=shows))
     bench = commands.add_parser("bench", help="measure, and compare with the targets (root)")
-    bench.add_argument("--only", metavar="NAME", default=None, help="one row group; see --list")
+    bench.add_argument("--only", metavar="NAME", action="append", default=[], help="this group; may be repeated")
     bench.add_argument("--list", action="store_true", help="name the row groups")
     bench.add_argument("--json", type=Path, metavar="FILE", default=None, help="write the rows here too")
     bench.add_argument("--migrations", type=int, default=5, help="samples of each figure")

@@ -46,11 +46,13 @@ class Probes:
     TestbedError if one of them cannot begin, or fails; whatever happens, none outlives the block.
     """
 
-    def __init__(self, popen: Popen, target_ip: str, folder: Path, seed: int) -> None:
+    def __init__(
+        self, popen: Popen, target_ip: str, folder: Path, seed: int, interval_ms: float = streams.INTERVAL_MS
+    ) -> None:
         self._popen = popen
         self._target_ip = target_ip
         self._folder = folder.resolve()
-        self._seed = seed
+        self._seed, self._interval_ms = seed, interval_ms
         self._children: list[Child] = []
 
     def __enter__(self) -> "Probes":
@@ -60,6 +62,7 @@ class Probes:
             for kind in KINDS:
                 words = [sys.executable, "-m", "experiments.probes", kind, "--target", self._target_ip]
                 words += ["--out", str(self._file(kind)), "--seed", str(self._seed)]
+                words += ["--interval-ms", str(self._interval_ms)]
                 log = self._folder / f"{kind}.log"
                 self._children.append(Child(f"the {kind} probe", self._popen, words, log, cwd=_ROOT))
             wait_until_up(self._children, READY, deadline)
@@ -100,10 +103,11 @@ def main() -> int:
     parser.add_argument("--target", required=True, metavar="IP")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
     parser.add_argument("--seed", type=int, default=1, help="of the transactions; each client of a VM needs its own")
+    parser.add_argument("--interval-ms", type=float, default=streams.INTERVAL_MS, help="between two transactions")
     options = parser.parse_args()
     stop = Stop()
     try:
-        result = _probe(options.kind, options.target, options.seed, stop)
+        result = _probe(options, stop)
         unfinished = options.out.with_suffix(".tmp")
         unfinished.write_bytes(msgspec.json.encode(result))
         unfinished.replace(options.out)
@@ -113,14 +117,15 @@ def main() -> int:
     return 0
 
 
-def _probe(kind: str, target: str, seed: int, stop: Stop) -> msgspec.Struct:
-    match kind:
+def _probe(options: argparse.Namespace, stop: Stop) -> msgspec.Struct:
+    target = options.target
+    match options.kind:
         case "ping":
             return echo.ping(target, stop)
         case "udp":
             return echo.udp(target, stop)
         case "transactions":
-            return streams.transactions(target, seed, stop)
+            return streams.transactions(target, options.seed, stop, options.interval_ms)
         case _:
             return streams.bulk(target, stop)
 

@@ -20,7 +20,7 @@ from experiments.children import Stop, prompt, say_ready
 from hosts import bulk as content
 from topologies.errors import TestbedError
 
-TRANSACTION_INTERVAL_NS = 1_000_000  # at most a transaction per ms: the resolution of a stall
+INTERVAL_MS = 1.0  # at most a transaction per ms: the resolution of a stall
 CONNECT_TIMEOUT_S = 10
 ANSWER_TIMEOUT_S = 60.0  # longer than any switchover: a stalled connection is slow, not dead
 SILENCE_POLL_S = 0.1  # how late a reader of a silent bulk stream notices SIGTERM
@@ -160,12 +160,13 @@ def _connect(target: str, port: int, silence_s: float) -> socket.socket:
 class TransactionClient:
     """A client of the transaction server: transfers in a closed loop, then a look at the whole ledger."""
 
-    def __init__(self, sock: socket.socket, client: int) -> None:
+    def __init__(self, sock: socket.socket, client: int, interval_ms: float = INTERVAL_MS) -> None:
         from hosts import ledger  # numpy: 0.1 s that the other probes need not spend
 
         self._wire = ledger
         self._socket = sock
         self.client = client
+        self._interval_ns = int(interval_ms * 1e6)
         self.sent = 0
         self.entries = array("Q")  # that the transfers 1, 2, 3, ... have become
         self.arrived_ns = array("q")
@@ -179,7 +180,7 @@ class TransactionClient:
             self._transfer(*transfer)
             if len(self.entries) == 1:
                 say_ready()
-            time.sleep(max(0, begin_ns + TRANSACTION_INTERVAL_NS - time.monotonic_ns()) / 1e9)
+            time.sleep(max(0, begin_ns + self._interval_ns - time.monotonic_ns()) / 1e9)
 
     def audit(self) -> tuple[Audit, bool]:
         """The verdict on every transfer, and whether the total of all accounts is what it was."""
@@ -228,7 +229,7 @@ class TransactionClient:
         return data
 
 
-def transactions(target: str, seed: int, stop: Stop) -> TransactionsResult:
+def transactions(target: str, seed: int, stop: Stop, interval_ms: float = INTERVAL_MS) -> TransactionsResult:
     """Transfers until SIGTERM, then the audit over the same connection.
 
     The client's id and its transfers follow from the seed: clients of one VM need different seeds.
@@ -238,7 +239,7 @@ def transactions(target: str, seed: int, stop: Stop) -> TransactionsResult:
     failure, verdict, conserved = "", Audit(0, 0, 0), None
     with _connect(target, ledger.PORT, ANSWER_TIMEOUT_S) as sock:
         local_port = sock.getsockname()[1]
-        client = TransactionClient(sock, random.Random(seed).getrandbits(32))
+        client = TransactionClient(sock, random.Random(seed).getrandbits(32), interval_ms)
         try:
             with prompt():
                 client.run(stop)

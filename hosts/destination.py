@@ -34,7 +34,7 @@ from hosts.protocol import (
     negotiate,
     parse_bitmap,
 )
-from hosts.ram import PageHashes, mask_of, runs_of
+from hosts.ram import PageHashes, mask_of, pages_of, runs_of
 from hosts.stream import PeerAborted, Stream, StreamLost
 from hosts.urgency import hurry, relax
 from topologies.errors import TestbedError
@@ -161,8 +161,7 @@ class IncomingMigration:
 
     def _receive_pages(self, stream: Stream, header: Header) -> None:
         runs = stream.receive_pages(header, self.machine.guest.ram, self.hashes)
-        for first, end in runs.tolist():
-            self._present[first:end] = True
+        self._present[pages_of(runs)] = True
 
     def reserve(self, coming: np.ndarray) -> None:
         """Memory for all pages that the source has, or an end before the first of them has crossed."""

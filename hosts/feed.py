@@ -28,11 +28,13 @@ class Feed:
     ) -> None:
         self.ram, self.hashes, self.copies = ram, hashes, copies
         self.sent = self.zero = 0
-        self._packing, self._pack = packer(compress)
+        self._packing, _ = packer(compress)
+        self._pack = {stream: packer(compress)[1] for stream in streams}  # a zstd compressor serves one thread
         self._choice = Choice()
         self._streams = streams
         self._lanes = [_Lane(stream) for stream in streams] if len(streams) > 1 else []
         self._turn = 0
+        self._counting = threading.Lock()
 
     def begin_round(self, pages: int) -> None:
         self._choice.begin_round(pages)
@@ -75,7 +77,8 @@ class Feed:
         full = self.ram.nonzero(pages) if copy is None else copy.any(axis=1)
         if not full.all():
             empty = runs_of(pages[~full])
-            self.zero += count(empty)
+            with self._counting:
+                self.zero += count(empty)
             self.hashes.note_zero(empty)
             stream.send_runs(Kind.ZERO, empty, number)
             chunk = runs_of(pages[full])
@@ -90,15 +93,16 @@ class Feed:
         hashes = encode_hashes(noted) if hashed else b""
         pages = count(chunk)
         began, packed = time.perf_counter(), self._packing is not PLAIN and self._choice.packed()
-        small = self._pack(b"".join(content)) if packed else b""
+        small = self._pack[stream](b"".join(content)) if packed else b""
         if packed and len(small) < sum(len(view) for view in content):
             stream.send_pages(chunk, [memoryview(small)], number, hashes, self._packing)
         elif pages >= _LONG_RUN * len(chunk) and not (hashed or self.copies or stream.encrypted):
             stream.send_file_pages(chunk, self.ram, number)
         else:
             stream.send_pages(chunk, content, number, hashes)
-        self._choice.sent(packed, pages, time.perf_counter() - began)
-        self.sent += pages
+        with self._counting:
+            self._choice.sent(packed, pages, time.perf_counter() - began)
+            self.sent += pages
 
 
 def _end_round(stream: Stream, number: int) -> None:

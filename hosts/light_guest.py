@@ -16,7 +16,8 @@ other host, which is another one, continues where this one stopped. Its workload
     memory dirtier       writes pages of a working set at a rate
     ping                 answered by the namespace's kernel
 
-RAM, in pages:  0 header | ledger | working set | the rest;  from the working set on filled with random data.
+RAM, in pages:  0 header | ledger | working set | the rest;  from the working set on filled with random data, of which
+a part may repeat itself.
 """
 
 import array
@@ -92,13 +93,16 @@ class Memory:
         self.working_set = ram.words[first : first + vm.working_set // PAGE]
         self._rest = ram.bytes[first * PAGE :]
         self._fill_bytes = min(int(vm.fill * ram.size) // 8 * 8, self._rest.size)
+        self._repeated_words = round(vm.compressible * PAGE / 8)
 
     def format(self) -> None:
-        """A power-on: random data as far as `fill` says (incompressible, so that every page has to cross)."""
+        """A power-on: random data as far as `fill` says, as compressible as the plan says (by default not at all)."""
         random = np.random.Generator(np.random.SFC64(len(self._rest)))
         for at in range(0, self._fill_bytes, _FILL_CHUNK):
             piece = self._rest[at : min(at + _FILL_CHUNK, self._fill_bytes)]
             piece[:] = np.frombuffer(random.bytes(piece.size), np.uint8)
+            pages = piece[: piece.size // PAGE * PAGE].view(np.uint64).reshape(-1, PAGE // 8)
+            pages[:, : self._repeated_words] = pages[:, :1]
         self.header[:3] = (_MAGIC, 0, 0)
         self.ledger.format()
 

@@ -183,8 +183,9 @@ class Filler:
     def _provide(self) -> None:
         hurry()  # a virtual CPU waits
         try:
+            faults = self._faults.fileno()
             with selectors.DefaultSelector() as selector:
-                for fd in (self._userfaults.fd, self._faults.fileno(), self._stop_read):
+                for fd in (self._userfaults.fd, faults, self._stop_read):
                     selector.register(fd, selectors.EVENT_READ)
                 while True:
                     ready = {key.fd for key, _ in selector.select(self._faults.timeout_s)}
@@ -194,8 +195,13 @@ class Filler:
                     if self._userfaults.fd in ready:
                         for page in self._userfaults.faults():
                             self._ask(page)
-                    if self._faults.fileno() in ready:
-                        self._hear()
+                    if faults in ready:
+                        try:
+                            self._hear()
+                        except StreamLost:
+                            if self._left:
+                                raise
+                            selector.unregister(faults)  # nothing is missing: the source has done its part and left
         except Exception as error:  # whoever waits for the pages is told
             with self._whole:
                 self._error = error

@@ -52,11 +52,15 @@ def runs_of(pages: np.ndarray) -> np.ndarray:
 
 def pages_of(runs: np.ndarray) -> np.ndarray:
     """The sorted page numbers of runs."""
-    if not len(runs):
-        return np.empty(0, np.int64)
     if len(runs) == 1:
         return np.arange(runs[0, 0], runs[0, 1], dtype=np.int64)
-    return np.concatenate([np.arange(first, end) for first, end in runs.tolist()])
+    first, lengths = runs[:, 0].astype(np.int64), _lengths(runs)
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(first - before, lengths) + np.arange(int(lengths.sum()))
+
+
+def _lengths(runs: np.ndarray) -> np.ndarray:
+    return runs[:, 1].astype(np.int64) - runs[:, 0]
 
 
 def mask_of(runs: np.ndarray, pages: int) -> np.ndarray:
@@ -76,24 +80,21 @@ def runs_from(runs: np.ndarray, first: int) -> np.ndarray:
 
 def count(runs: np.ndarray) -> int:
     """How many pages runs hold."""
-    return int((runs[:, 1].astype(np.int64) - runs[:, 0]).sum())
+    return int(_lengths(runs).sum())
 
 
 def chunks(runs: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """The runs again, cut into pieces of at most `size` pages."""
-    piece: list[tuple[int, int]] = []
-    room = size
-    for run_first, end in runs.tolist():
-        first = run_first
-        while first < end:
-            step = min(end - first, room)
-            piece.append((first, first + step))
-            first, room = first + step, room - step
-            if room == 0:
-                yield np.array(piece, np.uint32)
-                piece, room = [], size
-    if piece:
-        yield np.array(piece, np.uint32)
+    """The runs again, cut into pieces of `size` pages; the last may be smaller."""
+    ends = np.cumsum(_lengths(runs))
+    begins = ends - _lengths(runs)
+    total = int(ends[-1]) if len(ends) else 0
+    for at in range(0, total, size):
+        to = min(at + size, total)
+        first, last = int(np.searchsorted(ends, at, "right")), int(np.searchsorted(begins, to))
+        piece = runs[first:last].copy()
+        piece[0, 0] += at - int(begins[first])
+        piece[-1, 1] -= int(ends[last - 1]) - to
+        yield piece
 
 
 class Ram:
@@ -199,10 +200,7 @@ class PageHashes:
         hashes = np.array(
             [digest(content[at : at + PAGE]) for content in contents for at in range(0, len(content), PAGE)], np.uint64
         )
-        at = 0
-        for first, end in runs.tolist():
-            self._hashes[first:end] = hashes[at : at + end - first]
-            at += end - first
+        self._hashes[pages_of(runs)] = hashes
         return hashes
 
     def note_page(self, page: int, content: memoryview) -> int:
@@ -212,8 +210,7 @@ class PageHashes:
         return value
 
     def note_zero(self, runs: np.ndarray) -> None:
-        for first, end in runs.tolist():
-            self._hashes[first:end] = self._ZERO
+        self._hashes[pages_of(runs)] = self._ZERO
 
     def differing(self, other: "PageHashes", first: int = 0, end: int | None = None) -> np.ndarray:
         """Runs of the pages of [first, end) whose contents differ."""

@@ -1,10 +1,16 @@
-"""Stand-ins for tests without a network: a switch that obeys flow-mods, and the frames to feed it."""
+"""Stand-ins for tests without a network: a switch that obeys flow-mods, and the frames to feed it; a machine whose
+guest writes when it is told to.
+"""
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from controller.openflow import DESTINATIONS, SOURCES, FlowMod
+from hosts.ram import DirtyBitmap, Ram, runs_of
 
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 
@@ -82,3 +88,46 @@ class FakeSwitch:
     def _lookup(self, table: int, fields: dict[str, int | str]) -> FlowMod | None:
         hits = [entry for entry in self.tables[table].values() if entry.match.items() <= fields.items()]
         return max(hits, key=lambda entry: entry.priority, default=None)
+
+
+class ToldBitmap(DirtyBitmap):
+    """The pages that `write` was told of since they were taken, as a kernel that loses none would tell them."""
+
+    def __init__(self, ram: Ram) -> None:
+        self._ram, self._dirty = ram, np.zeros(ram.pages, bool)
+
+    def write(self, pages: Iterable[int], value: int) -> None:
+        for page in pages:
+            self._ram.words[page, page % 512] = value
+            self._dirty[page] = True
+
+    def take(self, first: int = 0, end: int | None = None) -> np.ndarray:
+        runs = runs_of(np.flatnonzero(self._dirty[first:end]) + first)
+        self._dirty[first:end] = False
+        return runs
+
+    def peek(self) -> np.ndarray:
+        return runs_of(np.flatnonzero(self._dirty))
+
+
+class ToldGuest:
+    """Its RAM, its bitmap, and how it was throttled."""
+
+    def __init__(self, ram: Ram, bitmap: DirtyBitmap) -> None:
+        self.ram, self.bitmap = ram, bitmap
+        self.shares: list[float] = []
+
+    def throttle(self, share: float) -> None:
+        self.shares.append(share)
+
+
+class ToldMachine:
+    """A machine of nothing but a guest; it keeps its events."""
+
+    def __init__(self, guest: ToldGuest) -> None:
+        self.guest = guest
+        self.events: list[tuple[str, dict[str, object]]] = []
+
+    def emit(self, kind: str, **fields: object) -> int:
+        self.events.append((kind, fields))
+        return time.monotonic_ns()

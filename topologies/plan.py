@@ -79,7 +79,8 @@ class Host:
 class VM:
     """A virtual machine and the work its light guest does.
 
-    `fill` is the fraction of RAM filled with random data at power-on; the memory dirtier writes
+    `fill` is the fraction of RAM filled with random data at power-on, `compressible` the fraction of each
+    filled page that repeats itself (hence is nothing to a packer); the memory dirtier writes
     `dirty_rate` bytes per second (4 KiB pages) at random places of a `working_set`; the bulk
     stream offers `bulk_rate` bits per second to each client that connects. Without an `ip6` it has no IPv6.
     """
@@ -91,6 +92,7 @@ class VM:
     port_group: str = "VM Network"
     ram: int = field(default=512 * 2**20, metadata={"parse": parse_size})
     fill: float = field(default=0.75, metadata={"parse": parse_percent})
+    compressible: float = field(default=0.0, metadata={"parse": parse_percent})
     dirty_rate: int = field(default=50_000_000, metadata={"parse": parse_rate})
     working_set: int = field(default=64 * 2**20, metadata={"parse": parse_size})
     bulk_rate: int = field(default=10_000_000, metadata={"parse": parse_bitrate})
@@ -413,6 +415,8 @@ def _check_vms(plan: Plan) -> None:
             raise PlanError(f"VM {vm.name!r}: RAM of {vm.ram} bytes; it takes at least 16MiB, in whole 4 KiB pages")
         if not 0 <= vm.fill <= 1:
             raise PlanError(f"VM {vm.name!r}: fill of {vm.fill:.0%}; it must be 0% to 100%")
+        if not 0 <= vm.compressible <= 1:
+            raise PlanError(f"VM {vm.name!r}: compressible by {vm.compressible:.0%}; it must be 0% to 100%")
         if not vm.bulk_rate:
             raise PlanError(f"VM {vm.name!r}: the bulk stream cannot be unshaped; write a rate like 10Mbit")
         if not _PAGE <= vm.working_set <= vm.ram:

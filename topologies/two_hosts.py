@@ -52,11 +52,11 @@ def steady(node, device: str) -> None:  # type: ignore[no-untyped-def]
 class Machine(MininetHost):
     """A host, its devices steady; without IPv6 unless it has an address for it."""
 
-    def config(self, ip6: str = "", **params):  # type: ignore[no-untyped-def]
+    def config(self, **params):  # type: ignore[no-untyped-def]
         result = super().config(**params)
         sh(self, "sysctl", "-q", "-w", *SYSCTLS)
-        if ip6:
-            for command in ip6_commands(self.defaultIntf().name, ip6):
+        if params.get("ip6"):
+            for command in ip6_commands(self.defaultIntf().name, params["ip6"]):
                 sh(self, *command)
         for intf in self.intfList():
             steady(self, intf.name)

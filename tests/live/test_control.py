@@ -6,43 +6,37 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
 from namespaces import inside
 from programs import eventually
+from testbeds import HOSTS, answers, events, slow_cable, small_testbed
 
 from experiments.probes import Probes
-from experiments.run import Options, Run
 from experiments.testbed import Testbed
-from experiments.world import PRIVATE, run
+from experiments.world import PRIVATE
 from hosts import control, protocol
 from hosts.announce import SCHEDULE_MS
 from hosts.control import MANAGER, AgentClient, ControlError, issue_certificates, tls_context
 from hosts.policy import Policy
-from hosts.protocol import HEADER, Abort, Header, Hello, Kind, encode_body, parse_body, parse_header
-from hosts.source import Progress
+from hosts.precopy import Progress
+from hosts.protocol import HEADER, Abort, Header, Hello, Join, Kind, encode_body, parse_body, parse_header
 from hosts.vcenter import MigrationFailed, Result
 from topologies.errors import UsageError
-from topologies.events import Event, find, read_events
-from topologies.plan import DEFAULT_PLAN, VM, read_plan
+from topologies.plan import VM
 
 PATIENCE_S = 20.0
-HOSTS = ("esx1", "esx2")
 
 
 @pytest.fixture(scope="module")
 def testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
     """The seed network with a small VM, which is running; each test leaves it running, on either host."""
-    assert os.getpid() == 1, "only in a private world"
-    plan = read_plan()
-    plan = plan.with_vm(replace(plan.vm("vm1"), ram=64 * 2**20, working_set=8 * 2**20, dirty_rate=5_000_000))
-    out = tmp_path_factory.mktemp("control") / "results"
-    options = Options(plan, DEFAULT_PLAN, "rarp", SCHEDULE_MS, Policy(), seed=1, out=out)
-    with Testbed(Run("control", options)) as testbed:
+    with small_testbed(tmp_path_factory.mktemp("control") / "results") as testbed:
         testbed.vcenter.power_on("vm1")
         yield testbed
 
@@ -52,8 +46,7 @@ def the_vm_runs_on_one_host(testbed: Testbed) -> Iterator[None]:
     yield
     place = testbed.vcenter.places["vm1"]
     assert [host for host, status in testbed.vcenter.status().items() if "vm1" in status["vms"]] == [place]
-    client = testbed.popen("c1")(["ping", "-c1", "-W5", "10.0.0.11"], stdout=-3)
-    assert client.wait(PATIENCE_S) == 0
+    assert answers(testbed, "10.0.0.11")
 
 
 # ---------------------------------------------------------------- helpers
@@ -82,29 +75,9 @@ def traces_in_logs(testbed: Testbed) -> int:
     return sum(said(testbed, host).count("Traceback") for host in HOSTS)
 
 
-def events(testbed: Testbed, kind: str) -> list[Event]:
-    return find(read_events(testbed.run.events_file), kind)
-
-
 def agent(testbed: Testbed, host: str) -> AgentClient:
     """Another connection of the manager to an agent."""
     return AgentClient(host, management(testbed, host), PRIVATE)
-
-
-@contextmanager
-def slow_cable(testbed: Testbed, rate: str = "200mbit") -> Iterator[None]:
-    """So slow that a migration is still in its first round whatever is done meanwhile."""
-
-    def set_rate(rate: str) -> None:
-        for host in HOSTS:
-            words = f"class change dev {host}-vmnic1 parent 5:0 classid 5:1 htb rate {rate} burst 15k quantum 60000"
-            run("mnexec", "-a", str(testbed.net[host].pid), "tc", *words.split())
-
-    set_rate(rate)
-    try:
-        yield
-    finally:
-        set_rate("1gbit")
 
 
 def migrate_while(testbed: Testbed, happens: Callable[[], None]) -> Result:
@@ -116,7 +89,7 @@ def migrate_while(testbed: Testbed, happens: Callable[[], None]) -> Result:
             assert (note.number, note.round) == (1, None)
             begun.append(pool.submit(happens))
 
-    with slow_cable(testbed), ThreadPoolExecutor(1) as pool:
+    with slow_cable(testbed, "200mbit"), ThreadPoolExecutor(1) as pool:
         try:
             return testbed.vcenter.migrate("vm1", elsewhere(testbed), progress=progress)
         finally:
@@ -340,8 +313,16 @@ class Stranger:
 
 
 def hello(migration: str, token: str) -> bytes:
-    kind, body = encode_body(Hello(protocol.MAJOR, protocol.MINOR, migration, token, 64 * 2**20))
-    return Header(kind, 0, 0, 1, len(body)).pack() + body
+    return frame(Hello(protocol.MAJOR, protocol.MINOR, migration, token, 64 * 2**20))
+
+
+def join(migration: str, token: str, purpose: Literal["pages", "faults"]) -> bytes:
+    return frame(Join(protocol.MAJOR, protocol.MINOR, migration, token, purpose))
+
+
+def frame(opening: Hello | Join) -> bytes:
+    kind, body = encode_body(opening)
+    return Header(kind, 0, 0, 0, 1, len(body)).pack() + body
 
 
 def refused(heard: bytes) -> bool:
@@ -365,6 +346,8 @@ def test_strangers_at_the_vmotion_port_are_refused_and_disturb_no_migration(test
                 assert refused(Stranger(testbed, host).says(data).hears())
             for token in ("0" * 32, "", "\N{SNOWMAN}" * 32):
                 assert refused(Stranger(testbed, host).says(hello(migration, token)).hears())
+                assert refused(Stranger(testbed, host).says(join(migration, token, "pages")).hears())
+                assert refused(Stranger(testbed, host).says(join(migration, token, "faults")).hears())
 
     assert moved(migrate_while(testbed, intrude))
     for stranger in silent:
@@ -379,6 +362,8 @@ def test_a_stranger_without_the_token_does_not_get_in_before_the_source(testbed:
         ready = at_destination.call(order)
         for token in ("0" * 32, "", ready["token"][:-1], "\N{SNOWMAN}" * 32):
             assert refused(Stranger(testbed, destination).says(hello("m", token)).hears())
+        # a further connection of a migration that has not begun
+        assert refused(Stranger(testbed, destination).says(join("m", ready["token"], "pages")).hears())
         at_source.call(control.Migrate("vm1", "m", ready["ip"], ready["port"], ready["token"], Policy()))
     testbed.vcenter.places["vm1"] = destination
 

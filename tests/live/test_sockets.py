@@ -529,6 +529,7 @@ def test_a_half_closed_connection_moves_and_either_direction_ends_in_its_place(
         assert frozen_state.state == state
         assert len(frozen_state.recv_queue) == (40_000 if full else 0)
         assert bool(frozen_state.send_queue) == (full and state != FIN_WAIT2)
+    hear_everything(near, far)
     for talker, silent in ((near, WE_SAID_GOOD_BYE), (far, PEER_SAID_GOOD_BYE)):
         if state not in silent:  # its direction is open
             assert talker.say(30_000)
@@ -540,7 +541,8 @@ def test_a_half_closed_connection_moves_and_either_direction_ends_in_its_place(
         with suppress(OSError):  # it has said so already
             talker.socket.shutdown(socket.SHUT_WR)
     for talker in (near, far):
-        eventually(lambda: talker.socket.recv(1) == b"", "the end")  # noqa: B023
+        talker.socket.settimeout(PATIENCE_S)
+        assert talker.socket.recv(1) == b""
     eventually(lambda: tcp_states(network) <= {LISTEN, TIME_WAIT, CLOSED}, "end of the connection on both sides")
 
 
@@ -553,7 +555,7 @@ def test_a_half_closed_connection_may_stay_so_for_many_moves(network: Network, n
             assert talker.say(20_000)
             (near.socket,), (frozen_state,) = network.move(near.socket)
             assert frozen_state.state == state
-        hear_everything(near, far)
+            hear_everything(near, far)
         assert state_of(near.socket) == state
 
 
@@ -572,6 +574,7 @@ def test_a_checkpoint_in_vain_of_a_half_closed_connection_is_undone_in_place(net
 
 def test_what_the_program_has_heard_as_the_end_is_the_end_after_the_move_too(network: Network) -> None:
     near, far = talkers(network)
+    near.ends = True
     far.socket.shutdown(socket.SHUT_WR)
     eventually(lambda: select([near.socket], [], [], 0)[0] != [], "good-bye")
     for _ in range(2):

@@ -44,6 +44,10 @@ BAD = [
 ]
 
 
+def _not_reached(*_: object) -> int:
+    raise AssertionError("bad input began a run")
+
+
 @pytest.mark.parametrize(("words", "thing", "remedy"), BAD, ids=[" ".join(words) or "nothing" for words, _, _ in BAD])
 def test_bad_input_is_one_line_and_exit_2(
     words: list[str],

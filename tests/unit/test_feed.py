@@ -164,16 +164,17 @@ def test_what_packing_cannot_make_smaller_goes_as_it_is() -> None:
         frames = run_round(feed, there, copy, PageHashes(copy), np.array([[0, 256]], np.uint32), 1).frames
         assert [frame.flags for frame in frames] == [PLAIN]
         assert np.array_equal(copy.bytes, ram.bytes)
-        assert not feed.packs
 
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_an_error_in_a_lane_reaches_whoever_feeds(number: int) -> None:
     with memory(SMALL_RAM) as ram, lanes(number) as (here, there):
         ram.words[:, 0] = 1
+        for stream in here:
+            stream._socket.settimeout(SILENCE_S)  # nobody reads from the other lanes
         with feeding(ram, here) as feed:
             there[-1].close()
-            with pytest.raises(StreamLost, match="the vMotion connection broke|closed by the peer"):
+            with pytest.raises(StreamLost, match="the vMotion connection broke"):
                 _feed_for_ever(feed)
             with pytest.raises(StreamLost):  # and whatever is asked for later fails too
                 _feed_for_ever(feed)
