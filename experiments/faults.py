@@ -227,9 +227,11 @@ def _injure(scene: Scene, case: Case) -> Heal:
 
 
 def _source_ends_first(scene: Scene, heal: Heal) -> Heal:
+    resumed = len(_events(scene, "vm.resumed_at_source"))
+
     def healed() -> None:
         heal()
-        _until(lambda: bool(_events(scene, "vm.resumed_at_source")[-1:]), "the source has asked the datastore")
+        _until(lambda: len(_events(scene, "vm.resumed_at_source")) > resumed, "the source has asked the datastore")
 
     return healed
 

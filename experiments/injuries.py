@@ -21,8 +21,8 @@ Heal = Callable[[], None]
 _MEDDLER_PORT = 8001
 # Less than any guest maps: its agent finds no memory for it
 _LITTLE_MEMORY_BYTES = 64 * 2**20
-# So far into the stream that it hits a page, and not a header or the bitmap
-_INTO_THE_PAGES = 3_000_000
+# So far into the stream that it hits a page that is sent once: the working set, which is written to, comes first
+_INTO_THE_PAGES = 20_000_000
 
 
 @dataclass(frozen=True)

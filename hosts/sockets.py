@@ -95,6 +95,7 @@ class TcpState(msgspec.Struct, frozen=True):
     settled: Settled
     state: int  # of _CARRIED
     mss: int  # the peer's limit
+    segment: int  # bytes that a segment to it carries: what is left of that, and of the way there, beside options
     timestamp: int
     window: bytes  # _WINDOW
     recv_seq: int
@@ -117,7 +118,7 @@ class TcpState(msgspec.Struct, frozen=True):
         if self.state == _CLOSING:
             return len(self.send_queue)
         sent = len(self.send_queue) - self.unsent
-        return 0 if sent <= _INITIAL_WINDOW * self.mss else sent
+        return 0 if sent <= _INITIAL_WINDOW * self.segment else sent
 
     @property
     def in_flight(self) -> bool:
@@ -172,15 +173,16 @@ def checkpoint(sock: socket.socket, known: Settled | None = None) -> TcpState | 
     if state not in _CARRIED:
         return None
     known = known or settled(sock)
+    segment = sock.getsockopt(_TCP, socket.TCP_MAXSEG)  # in repair mode it tells the peer's limit
     sock.setsockopt(_TCP, _TCP_REPAIR, _ON)
     try:
-        return _read(sock, state, known)
+        return _read(sock, state, segment, known)
     except BaseException:
         sock.setsockopt(_TCP, _TCP_REPAIR, _OFF)
         raise
 
 
-def _read(sock: socket.socket, state: int, known: Settled) -> TcpState:
+def _read(sock: socket.socket, state: int, segment: int, known: Settled) -> TcpState:
     recv_seq, recv_bytes = _select(sock, _RECV_QUEUE), _ioctl(sock, termios.FIONREAD)  # the bytes without a FIN
     recv_queue = _peek(sock, recv_bytes)
     send_seq, send_bytes = _select(sock, _SEND_QUEUE), _ioctl(sock, termios.TIOCOUTQ)  # a FIN counts here
@@ -192,6 +194,7 @@ def _read(sock: socket.socket, state: int, known: Settled) -> TcpState:
         settled=known,
         state=state,
         mss=sock.getsockopt(_TCP, socket.TCP_MAXSEG),
+        segment=segment,
         timestamp=sock.getsockopt(_TCP, _TCP_TIMESTAMP),
         window=sock.getsockopt(_TCP, _TCP_REPAIR_WINDOW, _WINDOW.size),
         recv_seq=(recv_seq - (state in _PEER_SAID_GOOD_BYE)) & 0xFFFFFFFF,

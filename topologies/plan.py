@@ -294,7 +294,7 @@ def _check_ip6(text: str, where: str) -> None:
         ip = IPv6Interface(text).ip
     except ValueError as error:
         raise PlanError(f"{where}: ip6 {text!r} is no IPv6 address with prefix") from error
-    if ip.is_multicast or ip.is_link_local or ip.is_loopback or ip.is_unspecified or ip.ipv4_mapped or ip.scope_id:
+    if ip.is_multicast or ip.is_link_local or ip.is_loopback or ip.is_unspecified or ip.ipv4_mapped or "%" in text:
         raise PlanError(f"{where}: ip6 {text!r} is none by which others reach a machine; write it like fd00::11/64")
 
 

@@ -20,6 +20,7 @@ BAD = [
     (["demo", "--ram", "64EiB"], "'EiB'", "512MiB"),
     (["demo", "--working-set", "513MiB"], "working set", "at most its RAM"),
     (["demo", "--fill", "120%"], "120%", "75%"),
+    (["demo", "--compressible", "half"], "'half'", "75%"),
     (["demo", "--dirty-rate", "50MB"], "'MB'", "50MB/s"),
     (["demo", "--link", "fast"], "'fast'", "1Gbit"),
     (["demo", "--downtime-ms", "0"], "'0'", "positive"),

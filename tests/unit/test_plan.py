@@ -119,6 +119,7 @@ def test_a_plan_file_becomes_the_data_it_describes(tmp_path: Path) -> None:
         ("64MiB", "256MiB"),
         ("64MiB", "4KiB"),
         ('ram = "512MiB"', 'fill = "100%"\ndirty_rate = "0B/s"\nbulk_rate = "1Mbit"\nport_group = "VM Network"'),
+        ('ram = "512MiB"', 'compressible = "100%"'),
         ('name = "vm1"', 'name = "a2345678"'),
     ],
 )
@@ -162,6 +163,11 @@ REFUSALS = {
     "a working set too large": ('"64MiB"', '"257MiB"', ["VM 'vm1'", "working set of 257 MiB", "half of its RAM"]),
     "a working set of 0": ('"64MiB"', '"0MiB"', ["VM 'vm1'", "working set of 0 B", "a page at least"]),
     "a fill beyond the whole": ('ram = "512MiB"', 'ram = "512MiB"\nfill = "101%"', ["VM 'vm1', key 'fill'", "'101%'"]),
+    "more to pack than the whole": (
+        'ram = "512MiB"',
+        'ram = "512MiB"\ncompressible = "101%"',
+        ["VM 'vm1', key 'compressible'", "'101%'"],
+    ),
     "a link without a unit": ('"1Gbit"', '"1000"', ["the plan, key 'link'", "'1000' has no unit", "1Gbit"]),
     "a link with an unknown unit": ('"1Gbit"', '"1Gb"', ["the plan, key 'link'", "unknown unit 'Gb'"]),
     # names
@@ -281,6 +287,48 @@ def test_asking_for_what_the_plan_does_not_have_names_what_it_has(ask: Callable[
     refused(refusal.value, "'nobody'", "esx1, esx2" if ask is Plan.host else "it has ")
 
 
+# ---------------------------------------------------------------- IPv6
+
+IP6 = PLAN.replace('ip = "10.0.0.100/24"', 'ip = "10.0.0.100/24"\nip6 = "fd00::100/64"')
+IP6 = IP6.replace('ip = "10.0.0.11/24"', 'ip = "10.0.0.11/24"\nip6 = "fd00::11/64"')
+
+
+def test_an_ipv6_address_is_optional_for_each_machine(tmp_path: Path) -> None:
+    without = read(tmp_path, PLAN)
+    assert without.vm("vm1").interface6 is without.client("c1").interface6 is None
+    plan = read(tmp_path, IP6 + SECOND_VM)
+    assert str(plan.vm("vm1").interface6) == "fd00::11/64"
+    assert str(plan.client("c1").interface6) == "fd00::100/64"
+    assert plan.vm("vm2").interface6 is None
+
+
+@pytest.mark.parametrize(
+    ("ip6", "named"),
+    [
+        ("fd00::11", "'fd00::11' lacks its prefix; write it like fd00::11/64"),
+        ("fd00::11/129", "is no IPv6 address with prefix"),
+        ("fd00:11/64", "is no IPv6 address with prefix"),
+        ("10.0.0.11/24", "is no IPv6 address with prefix"),
+        ("/64", "is no IPv6 address with prefix"),
+        ("ff02::1/64", "is none by which others reach a machine; write it like fd00::11/64"),
+        ("fe80::11/64", "is none by which others reach a machine"),
+        ("fd00::11%eth0/64", "is none by which others reach a machine"),
+        ("::1/64", "is none by which others reach a machine"),
+        ("::/64", "is none by which others reach a machine"),
+        ("::ffff:10.0.0.11/64", "is none by which others reach a machine"),
+        ("fd00::/64", "fd00:: is the router address of fd00::/64"),
+        ("fd01::11/64", "(fd01::/64) is in another subnet than Client 'c1' (fd00::/64)"),
+        ("fd00::11/80", "is in another subnet than Client 'c1'"),
+        ("fd00::100/64", "the IP address fd00::100 of client 'c1'"),
+        ("FD00:0::0100/64", "the IP address fd00::100 of client 'c1'"),
+    ],
+)
+def test_an_ipv6_address_that_cannot_be_used_is_refused(tmp_path: Path, ip6: str, named: str) -> None:
+    with pytest.raises(PlanError) as refusal:
+        read(tmp_path, IP6.replace("fd00::11/64", ip6))
+    refused(refusal.value, "VM 'vm1'", named)
+
+
 # ---------------------------------------------------------------- another VM
 
 
@@ -351,10 +399,12 @@ def test_a_management_network_of_one_address_is_refused(tmp_path: Path) -> None:
         read(tmp_path, text)
 
 
-def test_a_replaced_vm_cannot_be_filled_beyond_its_whole() -> None:
+@pytest.mark.parametrize("share", ["fill", "compressible"])
+@pytest.mark.parametrize("value", [1.5, -0.1])
+def test_no_share_of_a_replaced_vm_is_more_than_its_whole_or_less_than_nothing(share: str, value: float) -> None:
     plan = read_plan()
-    with pytest.raises(PlanError):
-        plan.with_vm(dataclasses.replace(plan.vm("vm1"), fill=1.5))
+    with pytest.raises(PlanError, match=f"VM 'vm1': {share}"):
+        plan.with_vm(dataclasses.replace(plan.vm("vm1"), **{share: value}))  # type: ignore[arg-type]
 
 
 def test_a_vm_that_the_plan_does_not_have_cannot_be_replaced() -> None:
