@@ -40,6 +40,10 @@ from topologies.plan import Plan, read_plan
 _DISCARDED_WITHIN_S = 2 * PEER_TIMEOUT_S
 
 
+# A round makes objects by the thousand and no cycles: the collector need not look so often (the default is 700, 10, 10)
+_COLLECT = (50_000, 10, 10)
+
+
 class AgentError(TestbedError):
     """A request that this host cannot carry out as things are."""
 
@@ -367,6 +371,7 @@ def main() -> int:
     )
     agent = Agent(site, plan, Path(options.certificates), options.peer_timeout_s)
     gc.freeze()  # what is imported stays: a full collection of it takes 10 ms, some day in a downtime
+    gc.set_threshold(*_COLLECT)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(0)

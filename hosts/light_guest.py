@@ -135,7 +135,7 @@ class LightGuest:
         self._last_tick = 0.0
         self._throttle = 0.0  # the share of its time that the virtual CPU is kept from running
         self._missing, self._waits_us = False, array.array("d")  # post-copy: are pages missing, and waits for them
-        self._probes: list[tuple[float, socket.socket]] = []
+        self._probes: list[tuple[float, list[socket.socket]]] = []  # who are to be asked, and when
 
     def serve(self) -> None:
         """Until an agent goes that this guest cannot do without."""
@@ -286,9 +286,8 @@ class LightGuest:
                 sock.setblocking(False)
             except OSError as error:  # its client went meanwhile
                 self._lost(sock, error)
-        self._probes = [
-            (time.monotonic() + after, sock) for after in _PROBE_AFTER_S for sock, tcp in self.frozen if tcp
-        ]
+        restored = [sock for sock, tcp in self.frozen if tcp]
+        self._probes = [(time.monotonic() + after, restored) for after in _PROBE_AFTER_S]
         self.frozen.clear()
         for data, sender in self.pending:
             self._echo(data, sender)
@@ -431,9 +430,9 @@ class LightGuest:
         self._last_tick = now
         self._dirty(elapsed)
         while self._probes and self._probes[0][0] <= now:
-            _, sock = self._probes.pop(0)
-            if sock in self.connections:
-                sockets.probe(sock)
+            for sock in self._probes.pop(0)[1]:
+                if sock in self.connections:
+                    sockets.probe(sock)
         for sock, connection in list(self.connections.items()):
             try:
                 if connection.ended and not connection.unsent:

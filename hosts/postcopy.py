@@ -61,7 +61,9 @@ class Server:
     def push(self) -> None:
         """Send all that has not been asked for; StreamLost if the hosts lose each other."""
         self._push.keep_queue_short(_PUSH_QUEUE_BYTES)
-        for chunk in chunks(runs_of(np.flatnonzero(self._due)), _PUSH_PAGES):
+        with self._lock:  # what a fault has claimed is hashed by now
+            due = np.flatnonzero(self._due)
+        for chunk in chunks(runs_of(due), _PUSH_PAGES):
             if self._error is not None:
                 raise self._error
             self._send(self._claim(pages_of(chunk)))
@@ -77,10 +79,11 @@ class Server:
                 header, _ = self._faults.receive()
                 page = parse_page(header, self._faults.exactly(header.length), self._ram.pages)
                 self.asked += 1
-                with self._lock:
+                with self._lock:  # claimed and hashed at once: the digest at the end of the push has to know it
                     due, self._due[page] = self._due[page], False
+                    value = self._note_page(page) if due else None
                 if due:
-                    self._send_page(page)
+                    self._send_page(page, value)
         except StreamLost as error:  # also the ordinary end
             self._error = error
         except Exception as error:
@@ -94,16 +97,19 @@ class Server:
             self._due[due] = False
         return due
 
-    def _send_page(self, page: int) -> None:
-        """The page that a fault waits for, in as few steps as possible."""
-        content = self._ram.page(page)
+    def _note_page(self, page: int) -> int | None:
+        """Its hash; None if it is zero."""
         if self._ram.words[page].any():
-            value = self._hashes.note_page(page, content)
-            self._faults.send_page(page, HASH_OF.pack(value), content)
+            return self._hashes.note_page(page, self._ram.page(page))
+        self._hashes.note_zero(np.array([[page, page + 1]], np.uint32))
+        return None
+
+    def _send_page(self, page: int, value: int | None) -> None:
+        """The page that a fault waits for, in as few steps as possible."""
+        if value is None:
+            self._faults.send_runs(Kind.ZERO, np.array([[page, page + 1]], np.uint32))
         else:
-            run = np.array([[page, page + 1]], np.uint32)
-            self._hashes.note_zero(run)
-            self._faults.send_runs(Kind.ZERO, run)
+            self._faults.send_page(page, HASH_OF.pack(value), self._ram.page(page))
 
     def _send(self, pages: np.ndarray) -> None:
         full = self._ram.nonzero(pages)
@@ -162,8 +168,10 @@ class Filler:
                 break
             self._place(header)
         with self._whole:
-            self._whole.wait_for(lambda: self._left == 0 or self._error is not None)
+            come = self._whole.wait_for(lambda: self._left == 0 or self._error is not None, self._push.timeout_s)
         self.check()
+        if not come:
+            raise RemoteProtocolError(f"the source says that all pages have left, and {self._left} pages have not come")
         return str(body.ram_digest)
 
     def check(self) -> None:
@@ -213,10 +221,11 @@ class Filler:
 
     def _ask(self, page: int) -> None:
         self.asked += 1
-        if not self._missing[page]:
-            self._userfaults.place_zero(page, page + 1)
-        elif self._placed[page]:
+        if self._placed[page]:  # several of the guest's threads may wait for the same page
             self._userfaults.wake(page)
+        elif not self._missing[page]:
+            self._placed[page] = True
+            self._userfaults.place_zero(page, page + 1)
         elif page not in self._awaited:
             self._awaited.add(page)
             self._asked_at = time.monotonic()
@@ -232,6 +241,8 @@ class Filler:
     def _hear(self) -> None:
         while True:
             header, _ = self._faults.receive()
+            if header.kind not in (Kind.PAGES, Kind.ZERO):
+                raise RemoteProtocolError(f"{header.kind.name} on the connection for faults")
             self._place_page(header)
             if not self._faults.pending:
                 return

@@ -25,7 +25,7 @@ from hosts.policy import (
     within_round,
 )
 from hosts.protocol import CHUNK_PAGES
-from hosts.ram import NO_RUNS, PAGE, chunks, count, mask_of, runs_from
+from hosts.ram import NO_RUNS, PAGE, chunks, count, mask_of, runs_from, runs_of
 
 _TELL_EVERY_S = 0.1
 # How long the guest is watched before the policy is asked again within a round (QEMU's periods are about 1 s)
@@ -75,11 +75,12 @@ class PreCopy:
         self._began, self._told = time.monotonic(), time.monotonic()
         self._emit("rounds.begin", mode=self.policy.mode)
         self.bitmap.begin(self.feed.hashes)  # from here on, every write is a page to send again
-        populated = self.ram.populated()
+        # what comes into existence from here on is dirty
+        self._existed = mask_of(self.ram.populated(), self.ram.pages)
         self.decision = before_rounds(self.policy)
         if self.decision.action is not Action.CONTINUE:
-            self._owed = populated
-        due = count(populated)
+            self._owed = runs_of(np.flatnonzero(self._existed))
+        due = int(self._existed.sum())
         while self.decision.action in (Action.CONTINUE, Action.THROTTLE):
             self._round(due)
             check_cancelled()
@@ -139,7 +140,7 @@ class PreCopy:
             end = min(first + step, self.ram.pages)
             dirty = self.bitmap.take(first, end)
             self._taken += count(dirty)
-            todo = self.ram.populated(first, end) if number == 1 else dirty
+            todo = self._all_of(first, end, dirty) if number == 1 else dirty
             for chunk in chunks(todo, CHUNK_PAGES):
                 decision = self._between_chunks(watch, number, due, done)
                 if decision is not None:
@@ -149,11 +150,16 @@ class PreCopy:
                 done += count(chunk)
         return None
 
+    def _all_of(self, first: int, end: int, dirty: np.ndarray) -> np.ndarray:
+        """Round 1: the pages of a stretch that existed when it began, and those that came into being since."""
+        mask = self._existed[first:end] | mask_of(dirty - np.uint32(first), end - first)
+        return runs_of(np.flatnonzero(mask) + first)
+
     def _owe(self, todo: np.ndarray, first: int, end: int, number: int) -> None:
         """What this round leaves undone; in later rounds what lies behind `end` is still in the bitmap."""
         rest = [runs_from(todo, first)]
         if number == 1 and end < self.ram.pages:
-            rest.append(self.ram.populated(end))
+            rest.append(runs_of(np.flatnonzero(self._existed[end:]) + end))
         self._owed = np.concatenate(rest)
 
     def _between_chunks(self, watch: "_Watch", number: int, due: int, done: int) -> Decision | None:

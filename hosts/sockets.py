@@ -128,7 +128,7 @@ class TcpState(msgspec.Struct, frozen=True):
         know one: a byte before the first is sent to nobody and acknowledged by a segment of our own making.
         An established connection without anything outstanding can be helped by `probe`.
         """
-        return self.outstanding > 0 or self.state not in (_ESTABLISHED, _FIN_WAIT2)
+        return self.state not in (_ESTABLISHED, _FIN_WAIT2) or (bool(self.send_queue) and self.outstanding > 0)
 
     @property
     def fin_outstanding(self) -> bool:
@@ -220,14 +220,14 @@ def restore(state: TcpState) -> socket.socket:
 
 
 def _restore(sock: socket.socket, state: TcpState) -> None:
-    known = state.settled
+    known, in_flight = state.settled, state.in_flight
     # Repair mode also lets us bind beside the service's listener; SO_REUSEADDR would take that back.
     sock.setsockopt(_TCP, _TCP_REPAIR, _ON)
     sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _room(state.sndbuf, state.send_queue))
     sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _room(state.rcvbuf, state.recv_queue))
     _begin(sock, _RECV_QUEUE, state.recv_seq - len(state.recv_queue))
     first = state.send_seq - len(state.send_queue)  # that the peer has not acknowledged
-    _begin(sock, _SEND_QUEUE, first - state.in_flight)
+    _begin(sock, _SEND_QUEUE, first - in_flight)
     sock.bind(known.local)
     # The peer's limit, known before the connect, is what the segment size is worked out from (tcp_connect_init).
     sock.setsockopt(_TCP, socket.TCP_MAXSEG, min(state.mss, _MAX_USER_MSS))
@@ -239,11 +239,10 @@ def _restore(sock: socket.socket, state: TcpState) -> None:
         _push(sock, memoryview(state.recv_queue))
     sock.setsockopt(_TCP, _TCP_REPAIR_WINDOW, _clamped_window(state))
     sock.setsockopt(_TCP, _TCP_REPAIR_QUEUE, _SEND_QUEUE)  # what is queued from here on counts as sent
-    if state.in_flight:
+    if in_flight:
         sock.send(b"?")
         _inject(sock, state, _ACK, first, lambda: not _ioctl(sock, termios.TIOCOUTQ))
-    if outstanding := state.outstanding:
-        _push(sock, memoryview(state.send_queue)[:outstanding])
+        _push(sock, memoryview(state.send_queue)[: state.outstanding])
     if state.state != _ESTABLISHED:
         _say_good_bye(sock, state, first)
     sock.setsockopt(_TCP, _TCP_REPAIR_QUEUE, _NO_QUEUE)
@@ -314,12 +313,12 @@ def release(sock: socket.socket, state: TcpState | None = None) -> None:
     # Nobody has to be asked about an idle connection; five hundred probes and answers would crowd out what matters.
     idle = not state.send_queue and _WINDOW.unpack(state.window)[1] >= state.mss
     sock.setsockopt(_TCP, _TCP_REPAIR, _OFF_SILENTLY if idle else _OFF)
-    _push(sock, memoryview(state.send_queue)[state.outstanding :])
+    if state.send_queue:
+        _push(sock, memoryview(state.send_queue)[state.outstanding :])
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, state.sndbuf // 2)  # the kernel doubles what it is told
     if state.state in _WE_SAID_GOOD_BYE and not state.fin_outstanding:
         sock.shutdown(socket.SHUT_WR)
-    # sizes back to where they were, and autotuning with them, or buffers grow with every migration
-    if state.send_queue:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, state.sndbuf // 2)  # the kernel doubles what it is told
+    # sizes are back to where they were, and now autotuning, or buffers grow with every migration
     sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, state.settled.buf_lock)
 
 
@@ -351,9 +350,12 @@ def _clamped_window(state: TcpState) -> bytes:
     Its right edge stays where the peer knows it, and a FIN has room before it.
     """
     snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup = _WINDOW.unpack(state.window)
-    if _before(state.recv_seq, snd_wl1):
+    beyond_wl1, beyond_wup = _before(state.recv_seq, snd_wl1), _before(state.recv_seq, rcv_wup)
+    if not (beyond_wl1 or beyond_wup or snd_wnd > max_window):
+        return state.window
+    if beyond_wl1:
         snd_wl1 = state.recv_seq
-    if _before(state.recv_seq, rcv_wup):
+    if beyond_wup:
         rcv_wnd += (rcv_wup - state.recv_seq) & 0xFFFFFFFF
         rcv_wup = state.recv_seq
     return _WINDOW.pack(snd_wl1, snd_wnd, max(max_window, snd_wnd), rcv_wnd, rcv_wup)

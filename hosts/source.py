@@ -110,16 +110,22 @@ class OutgoingMigration:
         self.digest = ""
         self.postcopy: PostCopy | None = None
         self._connect = connect
+        self._generation = machine.generation + 1  # the one that decides who runs the VM from now on
         self._cancelled = threading.Event()
         self._streams: list[Stream] = []  # the first is the main one
         self._precopy: PreCopy | None = None
         self._server: Server | None = None
 
     def cancel(self) -> None:
-        """Give up, from another thread, at any moment before the point of no return; later nothing happens."""
+        """Give up, from another thread, at any moment before the point of no return; later nothing happens.
+
+        Once the VM is handed over, who claims the next generation first decides which of the two it is.
+        """
         self._cancelled.set()
         for stream in self._streams[:1]:
-            if stream.session.state in ("greeting", "round_ended", "handed_over", "entrusted"):  # it waits
+            state = stream.session.state
+            waits, handed_over = state in ("greeting", "round_ended"), state in ("handed_over", "entrusted")
+            if waits or (handed_over and self._claim()):
                 stream.interrupt()
 
     def run(self, token: str) -> Outcome:
@@ -148,7 +154,7 @@ class OutgoingMigration:
                     resumed: Resumed = self.stream.expect(Kind.RESUMED)
             except Exception as error:
                 self._settle(error)
-                resumed = Resumed(self.machine.generation + 1, "")
+                resumed = Resumed(self._generation, "")
             if self._server is not None:
                 resumed = self.serve(self._server, resumed)
             return self.conclude(resumed)
@@ -362,7 +368,7 @@ class OutgoingMigration:
                 self._server.close()
                 raise self._lost(error) from error
             session.step("claim")
-            machine.generation += 1
+            machine.generation = self._generation
         else:
             self._give_up(error)
         if self._server is not None:
@@ -375,15 +381,15 @@ class OutgoingMigration:
 
     def _claim_back(self) -> bool:
         """Take the next generation ourselves: if that succeeds the destination never can. Suspended until then."""
-        datastore, vm, generation = self.machine.site.datastore, self.machine.vm.name, self.machine.generation + 1
+        datastore, vm = self.machine.site.datastore, self.machine.vm.name
         deadline = time.monotonic() + _ASK_FOR_S
         while True:
             try:
-                if datastore.claim(vm, generation, self._here):
+                if self._claim():
                     return True
-                # an earlier try of ours may have succeeded without an answer
+                # a cancel has claimed it, or an earlier try of ours has succeeded without an answer
                 newest = datastore.newest(vm)
-                return newest is not None and (newest.generation, newest.host) == (generation, self._here)
+                return newest is not None and (newest.generation, newest.host) == (self._generation, self._here)
             except DatastoreError as error:
                 if time.monotonic() > deadline:
                     self.machine.owner_unknown = True
@@ -391,6 +397,9 @@ class OutgoingMigration:
                         f"VM {vm} stays suspended on {self._here}, its owner is unknown: {error}"
                     ) from error
                 time.sleep(_ASK_EVERY_S)
+
+    def _claim(self) -> bool:
+        return self.machine.site.datastore.claim(self.machine.vm.name, self._generation, self._here)
 
     @property
     def _here(self) -> str:

@@ -2,9 +2,9 @@
 
 import contextlib
 import os
-import select
 import socket
 import ssl
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,12 +52,10 @@ class Stream:
     """One side of one connection of a migration. Every frame sent or received is a step of its session."""
 
     def __init__(self, sock: socket.socket, session: Session, timeout_s: float = PEER_TIMEOUT_S) -> None:
-        sock.settimeout(timeout_s)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self.session, self.timeout_s = sock, session, timeout_s
         self.bytes_sent = 0
-        self._writable = select.poll()
-        self._writable.register(sock, select.POLLOUT)
+        self._allow(timeout_s)
 
     @property
     def encrypted(self) -> bool:
@@ -126,17 +124,9 @@ class Stream:
             for first, end in runs.tolist():
                 at, stop = first * PAGE, end * PAGE
                 while at < stop:
-                    at += self._send_file(ram.fd, at, stop - at)
+                    at += os.sendfile(self._socket.fileno(), ram.fd, at, stop - at)
         except OSError as error:
             raise StreamLost(f"the vMotion connection broke while sending PAGES: {self._why(error)}") from error
-
-    def _send_file(self, fd: int, at: int, length: int) -> int:
-        while True:
-            try:
-                return os.sendfile(self._socket.fileno(), fd, at, length)
-            except BlockingIOError:
-                if not self._writable.poll(self.timeout_s * 1000):
-                    raise TimeoutError from None
 
     def receive(self) -> tuple[Header, Any]:
         """The next message and its decoded body; for PAGES, ZERO, FETCH and BITMAP the caller fetches the body."""
@@ -246,7 +236,10 @@ class Stream:
         """The next bytes, into all of these buffers."""
         try:
             while buffers:
-                got = self._socket.recv_into(buffers[0]) if self.encrypted else self._socket.recvmsg_into(buffers)[0]
+                if self.encrypted:
+                    got = self._socket.recv_into(buffers[0])
+                else:
+                    got = self._socket.recvmsg_into(buffers, 0, socket.MSG_WAITALL)[0]
                 if got == 0:
                     raise StreamLost("the vMotion connection was closed by the peer")
                 while buffers and got >= len(buffers[0]):
@@ -257,18 +250,18 @@ class Stream:
             raise StreamLost(f"the vMotion connection broke: {self._why(error)}") from error
 
     def _why(self, error: OSError) -> str:
-        if isinstance(error, TimeoutError):
+        if isinstance(error, TimeoutError | BlockingIOError):
             return f"the peer was silent for {self.timeout_s:g} s"
         return error.strerror or str(error)
 
     @contextlib.contextmanager
     def patient(self, extra_s: float) -> Iterator[None]:
         """Allow the peer so much longer to answer, for work that takes its time."""
-        self._socket.settimeout(self.timeout_s + extra_s)
+        self._allow(self.timeout_s + extra_s)
         try:
             yield
         finally:
-            self._socket.settimeout(self.timeout_s)
+            self._allow(self.timeout_s)
 
     @property
     def pending(self) -> bool:
@@ -276,8 +269,20 @@ class Stream:
         return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
 
     def unlimited(self) -> None:
-        """Wait for messages as long as it takes; `interrupt` ends it."""
-        self._socket.settimeout(None)
+        """Wait for messages as long as it takes; `interrupt` ends it. Sending stays bounded."""
+        self._allow(None)
+
+    def _allow(self, seconds: float | None) -> None:
+        """Bound each wait for the peer's words, and for its taking ours.
+
+        By the kernel itself (socket(7)) where it can: one call then waits for all that is due.
+        """
+        if self.encrypted:
+            self._socket.settimeout(seconds)
+        else:
+            self._socket.settimeout(None)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds or 0))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(seconds or self.timeout_s))
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -297,3 +302,8 @@ class Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _timeval(seconds: float) -> bytes:
+    """struct timeval; 0 is no limit."""
+    return struct.pack("ll", *divmod(round(seconds * 1e6), 1_000_000))

@@ -74,12 +74,13 @@ def migration() -> Iterator[tuple[Stream, Stream]]:
 
 
 @contextmanager
-def lanes(number: int) -> Iterator[tuple[list[Stream], list[Stream]]]:
+def lanes(number: int, timeout_s: float = PEER_TIMEOUT_S) -> Iterator[tuple[list[Stream], list[Stream]]]:
     """Both ends of so many further connections that carry pages."""
     if not number:
         yield [], []
         return
-    with streams(("sender", "streaming"), ("receiver", "streaming")) as (one, other), lanes(number - 1) as others:
+    ends = streams(("sender", "streaming"), ("receiver", "streaming"), timeout_s)
+    with ends as (one, other), lanes(number - 1, timeout_s) as others:
         yield [one, *others[0]], [other, *others[1]]
 
 

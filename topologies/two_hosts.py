@@ -130,6 +130,10 @@ class Segment(Switch):
         return True
 
 
+# What may leave at once: the timer that meters the rate is no finer, and a fast cable would not be filled
+_BURST_US = 200
+
+
 class CableIntf(TCIntf):
     """An end of the vMotion cable; Mininet's own limit of 1 Gbit/s is lifted."""
 
@@ -142,12 +146,13 @@ class CableIntf(TCIntf):
         """
         if bw is None:
             return [], " root "
-        whole, half = f"rate {bw:f}Mbit burst 15k quantum 60000", f"rate {bw / 2:f}Mbit ceil {bw:f}Mbit burst 15k"
+        burst = max(15_000, int(bw * _BURST_US / 8))
+        limits = f"ceil {bw:f}Mbit burst {burst} cburst {burst} quantum 60000"
         return [
             "%s qdisc add dev %s root handle 5:0 htb default 1",
-            f"%s class add dev %s parent 5:0 classid 5:10 htb {whole}",
-            f"%s class add dev %s parent 5:10 classid 5:1 htb {half} cburst 15k quantum 60000 prio 1",
-            f"%s class add dev %s parent 5:10 classid 5:2 htb {half} cburst 15k quantum 60000 prio 0",
+            f"%s class add dev %s parent 5:0 classid 5:10 htb rate {bw:f}Mbit {limits}",
+            f"%s class add dev %s parent 5:10 classid 5:1 htb rate {bw / 2:f}Mbit {limits} prio 1",
+            f"%s class add dev %s parent 5:10 classid 5:2 htb rate {bw / 2:f}Mbit {limits} prio 0",
             "%s filter add dev %s parent 5:0 protocol ip prio 1 u32 match ip tos 0xb8 0xfc flowid 5:2",
         ], " parent 5:1 "
 

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from experiments import cli, run
+from experiments.run import Options
+from hosts.policy import MODES, STRATEGIES, Policy
+from hosts.transport import Transport
 from topologies.plan import DEFAULT_PLAN
 
 BAD = [
@@ -40,7 +43,7 @@ BAD = [
     (["demo", "--plan", "/nonexistent.toml"], "/nonexistent.toml", "No such file"),
     (["run"], "NAME", "--help"),
     (["run", "nosuch"], "'nosuch'", "basic_vmotion"),
-    (["bench", "--only", "nosuch"], "'nosuch'", "cable"),
+    (["bench", "--only", "nosuch"], "'nosuch'", "goodput"),
     (["bench", "--migrations", "0"], "0", "1 to 1000"),
 ]
 
@@ -66,6 +69,59 @@ def test_bad_input_is_one_line_and_exit_2(
     assert out == "" and err.count("\n") == 1 and err.startswith("vmotion: ")
     assert thing in err and remedy in err
     assert list(tmp_path.iterdir()) == []
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, *words: str) -> Options:
+    """What an experiment is given by this command line."""
+    given: list[Options] = []
+
+    def conduct(name: str, experiment: object, options: Options) -> int:
+        given.append(options)
+        return 0
+
+    monkeypatch.setattr(sys, "argv", ["vmotion", *words])
+    monkeypatch.setattr(cli, "conduct", conduct)
+    assert cli.main() == 0
+    return given[0]
+
+
+def test_without_options_a_migration_is_plain_pre_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = chosen(monkeypatch, "demo")
+    assert options.policy == Policy(downtime_ms=50.0, timeout_s=120.0, mode="precopy", timeout_strategy="cancel")
+    assert options.transport == Transport(encrypt=False, compress="none", bandwidth_limit=0, streams=1)
+    assert options.command_line == ("vmotion", "demo")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_options_of_a_policy_reach_the_experiment(
+    monkeypatch: pytest.MonkeyPatch, mode: str, strategy: str
+) -> None:
+    words = ["--mode", mode, "--timeout-strategy", strategy, "--timeout-s", "7.5", "--downtime-ms", "20"]
+    assert chosen(monkeypatch, "demo", *words).policy == Policy(20.0, 7.5, mode, strategy)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "transport"),
+    [
+        (["--encrypt"], Transport(encrypt=True)),
+        (["--compress", "zstd"], Transport(compress="zstd")),
+        (["--compress", "lz4"], Transport(compress="lz4")),
+        (["--bandwidth-limit", "500Mbit"], Transport(bandwidth_limit=500_000_000)),
+        (["--bandwidth-limit", "unshaped"], Transport()),
+        (["--streams", "16"], Transport(streams=16)),
+        (["--encrypt", "--compress=zstd", "--bandwidth-limit=1Gbit", "--streams=4"], Transport(True, "zstd", 10**9, 4)),
+    ],
+)
+def test_the_options_of_the_transport_reach_the_experiment(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], transport: Transport
+) -> None:
+    assert chosen(monkeypatch, "run", "basic_vmotion", *words).transport == transport
+
+
+def test_a_guest_may_write_to_all_of_its_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = chosen(monkeypatch, "demo", "--ram", "64MiB", "--working-set", "64MiB").plan
+    assert {(vm.ram, vm.working_set) for vm in plan.vms} == {(2**26, 2**26)}
 
 
 PLANS = [

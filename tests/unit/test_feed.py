@@ -168,10 +168,8 @@ def test_what_packing_cannot_make_smaller_goes_as_it_is() -> None:
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_an_error_in_a_lane_reaches_whoever_feeds(number: int) -> None:
-    with memory(SMALL_RAM) as ram, lanes(number) as (here, there):
+    with memory(SMALL_RAM) as ram, lanes(number, SILENCE_S) as (here, there):  # nobody reads from the other lanes
         ram.words[:, 0] = 1
-        for stream in here:
-            stream._socket.settimeout(SILENCE_S)  # nobody reads from the other lanes
         with feeding(ram, here) as feed:
             there[-1].close()
             with pytest.raises(StreamLost, match="the vMotion connection broke"):
@@ -187,9 +185,7 @@ def _feed_for_ever(feed: Feed) -> None:
 
 
 def test_an_error_in_a_lane_reaches_whoever_waits_for_the_end_of_a_round() -> None:
-    with memory(SMALL_RAM) as ram, lanes(3) as (here, there), feeding(ram, here) as feed:
-        for stream in here:
-            stream._socket.settimeout(SILENCE_S)
+    with memory(SMALL_RAM) as ram, lanes(3, SILENCE_S) as (here, there), feeding(ram, here) as feed:
         there[1].close()
         with pytest.raises(StreamLost):
             feed.flush(1)

@@ -116,7 +116,7 @@ def test_a_plan_file_becomes_the_data_it_describes(tmp_path: Path) -> None:
         ("255.255.255.252", "255.255.255.0"),
         (PORT_1, PORT_1 + VMK0),
         ("512MiB", "128MiB"),
-        ("64MiB", "256MiB"),
+        ("64MiB", "512MiB"),
         ("64MiB", "4KiB"),
         ('ram = "512MiB"', 'fill = "100%"\ndirty_rate = "0B/s"\nbulk_rate = "1Mbit"\nport_group = "VM Network"'),
         ('ram = "512MiB"', 'compressible = "100%"'),
@@ -160,7 +160,7 @@ REFUSALS = {
     "too little RAM": ('"512MiB"', '"15MiB"', ["VM 'vm1'", "RAM of 15728640 bytes", "at least 16MiB"]),
     "RAM in no whole pages": ('"512MiB"', '"600000001B"', ["VM 'vm1'", "RAM of 600000001 bytes", "whole 4 KiB pages"]),
     "negative RAM": ('"512MiB"', '"-512MiB"', ["VM 'vm1', key 'ram'", "'-512MiB' is no quantity"]),
-    "a working set too large": ('"64MiB"', '"257MiB"', ["VM 'vm1'", "working set of 257 MiB", "half of its RAM"]),
+    "a working set too large": ('"64MiB"', '"513MiB"', ["VM 'vm1'", "working set of 513 MiB", "at most its RAM"]),
     "a working set of 0": ('"64MiB"', '"0MiB"', ["VM 'vm1'", "working set of 0 B", "a page at least"]),
     "a fill beyond the whole": ('ram = "512MiB"', 'ram = "512MiB"\nfill = "101%"', ["VM 'vm1', key 'fill'", "'101%'"]),
     "more to pack than the whole": (
@@ -346,7 +346,7 @@ def test_a_vm_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     [
         ({"ram": 0}, "RAM of 0 bytes"),
         ({"ram": 2**26 + 1}, "whole 4 KiB pages"),
-        ({"ram": 2**26}, "working set of 64 MiB"),
+        ({"ram": 2**25}, "working set of 64 MiB"),
         ({"working_set": 0}, "working set of 0 B"),
         ({"host": "esx3"}, "unknown host 'esx3'"),
         ({"ip": "10.0.0.100/24"}, "client 'c1'"),

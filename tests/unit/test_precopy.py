@@ -1,5 +1,6 @@
 """Pre-copy on a small memory: whatever the guest writes and wherever a round is broken off, no page is forgotten."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Thread
@@ -232,25 +233,23 @@ def test_without_rounds_everything_that_exists_is_still_due(mode: str, action: A
 # ---------------------------------------------------------------- throttle and cancel
 
 
-class Busy(NamedTuple):
+def busy(run: Run, pages_for_a_chunk: int) -> Callable[[], None]:
     """A guest that writes so many pages for each chunk that is sent, less what the throttle takes."""
+    written = itertools.count(1)
 
-    run: Run
-    pages_for_a_chunk: int
-    written: list[int]
+    def write() -> None:
+        share = 1 - run.precopy.throttle
+        for number in itertools.islice(written, round(pages_for_a_chunk * share / 2)):
+            run.bitmap.write([number * 7 % PAGES], number + 1)
 
-    def __call__(self) -> None:
-        share = 1 - self.run.precopy.throttle
-        for _ in range(round(self.pages_for_a_chunk * share / 2)):
-            self.written.append(1)
-            self.run.bitmap.write([len(self.written) * 7 % PAGES], len(self.written) + 1)
+    return write
 
 
 @pytest.mark.parametrize("within", [False, True])
 def test_a_guest_that_writes_too_fast_is_slowed_until_it_converges_and_gets_its_speed_back(within: bool) -> None:
     with prepared(Policy(timeout_s=1e-9, timeout_strategy="throttle", downtime_ms=1e6)) as run:
         run.bitmap.write(range(PAGES), 1)
-        run.feed.moment = Busy(run, 8, [])
+        run.feed.moment = busy(run, 8)
         with pytest.MonkeyPatch.context() as patch:
             if not within:
                 patch.setattr(precopy, "_PERIOD_S", 3600.0)

@@ -10,8 +10,10 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+import xxhash
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pairs import page_set
 
 from hosts.ram import (
     NO_RUNS,
@@ -19,13 +21,18 @@ from hosts.ram import (
     HashBitmap,
     PageHashes,
     Ram,
+    SoftDirtyBitmap,
     WpAsyncBitmap,
     arm,
+    chunks,
     count,
+    mask_of,
     open_bitmap,
     pages_of,
+    runs_from,
     runs_of,
 )
+from topologies.errors import TestbedError
 
 ROOT = Path(__file__).parents[2]
 PAGES = 64
@@ -35,11 +42,6 @@ page_sets = st.sets(page_numbers)
 
 def sorted_array(pages: set[int]) -> np.ndarray:
     return np.array(sorted(pages), np.int64)
-
-
-def page_set(runs: np.ndarray) -> set[int]:
-    """The pages of runs, by Python alone."""
-    return {page for first, end in runs.tolist() for page in range(first, end)}
 
 
 @pytest.fixture
@@ -93,6 +95,53 @@ def test_runs_of_all_pages_there_can_be_are_counted_without_overflow() -> None:
     assert count(np.array([[0, 2**31], [2**31, 2**32 - 1]], np.uint32)) == 2**32 - 1
 
 
+def runs_in(pages: set[int], cuts: set[int]) -> np.ndarray:
+    """The runs of these pages, some of them cut in two that touch: as the owed ones of a round may be."""
+    runs: list[list[int]] = []
+    for page in sorted(pages):
+        if runs and runs[-1][1] == page and page not in cuts:
+            runs[-1][1] = page + 1
+        else:
+            runs.append([page, page + 1])
+    return np.array(runs, np.uint32).reshape(-1, 2)
+
+
+@given(page_sets, page_sets)
+def test_a_mask_has_a_boolean_for_each_page(pages: set[int], cuts: set[int]) -> None:
+    mask = mask_of(runs_in(pages, cuts), PAGES)
+    assert mask.dtype == bool
+    assert mask.tolist() == [page in pages for page in range(PAGES)]
+    assert set(np.flatnonzero(mask).tolist()) == pages
+    assert mask.view(np.uint8).max(initial=0) <= 1, "real booleans, whatever is done with them"
+
+
+@given(page_sets, page_sets, st.integers(0, PAGES))
+def test_the_runs_from_a_page_on_hold_what_lies_there_and_change_nothing(
+    pages: set[int], cuts: set[int], first: int
+) -> None:
+    runs = runs_in(pages, cuts)
+    before = runs.copy()
+    kept = runs_from(runs, first)
+    assert page_set(kept) == {page for page in pages if page >= first}
+    assert (kept[:, 0] < kept[:, 1]).all()
+    assert np.array_equal(runs, before)
+
+
+@given(page_sets, page_sets, st.integers(1, 70))
+@example(set(range(PAGES)), set(), 16)
+@example(set(), set(), 16)
+def test_chunks_are_the_runs_again_in_pieces_that_are_full_but_for_the_last(
+    pages: set[int], cuts: set[int], size: int
+) -> None:
+    runs = runs_in(pages, cuts)
+    before = runs.copy()
+    pieces = list(chunks(runs, size))
+    assert [page for piece in pieces for page in pages_of(piece)] == sorted(pages)
+    assert [count(piece) for piece in pieces[:-1]] == [size] * (len(pieces) - 1)
+    assert all(0 < count(piece) <= size and (piece[:, 0] < piece[:, 1]).all() for piece in pieces)
+    assert np.array_equal(runs, before)
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -105,6 +154,28 @@ def test_only_what_exists_is_populated_and_asking_makes_nothing_exist(written: s
     assert before == len(written | zeroed) * PAGE
     assert page_set(ram.populated()) == written | zeroed
     assert existing_bytes(ram) == before
+    ram.close()
+
+
+@given(page_sets, st.integers(0, PAGES), st.integers(0, PAGES))
+def test_of_a_part_of_memory_only_what_exists_there_is_populated(written: set[int], one: int, other: int) -> None:
+    first, end = sorted((one, other))
+    ram = Ram.create("test", PAGES * PAGE)
+    ram.words[sorted_array(written), 0] = 1
+    assert page_set(ram.populated(first, end)) == {page for page in written if first <= page < end}
+    assert page_set(ram.populated(first)) == {page for page in written if first <= page}
+    ram.close()
+
+
+@given(page_sets, page_sets, page_sets)
+def test_memory_is_made_and_unmade_page_by_page(written: set[int], made: set[int], unmade: set[int]) -> None:
+    ram = Ram.create("test", PAGES * PAGE)
+    ram.words[sorted_array(written), 0] = 1
+    ram.populate(runs_of(sorted_array(made)))
+    assert page_set(ram.populated()) == written | made
+    assert ram.words[sorted_array(written), 0].all(), "what was there stays"
+    ram.punch(runs_of(sorted_array(unmade)))
+    assert page_set(ram.populated()) == (written | made) - unmade
     ram.close()
 
 
@@ -193,6 +264,35 @@ def test_a_page_noted_as_zero_is_zero_without_a_look(written: set[int], zeroed: 
     ram.close()
 
 
+@given(page_sets, st.integers(0, 2**64 - 1))
+def test_noting_tells_each_pages_hash_in_order(pages: set[int], value: int) -> None:
+    ram = Ram.create("test", PAGES * PAGE)
+    ram.words[:, 0] = np.arange(PAGES, dtype=np.uint64) ^ np.uint64(value)
+    runs = runs_of(sorted_array(pages))
+    together, alone = PageHashes(ram), PageHashes(ram)
+    noted = together.note(runs, ram.views(runs))
+    assert noted.dtype == np.uint64
+    assert noted.tolist() == [alone.note_page(page, ram.page(page)) for page in sorted(pages)]
+    assert noted.tolist() == [xxhash.xxh3_64_intdigest(bytes(ram.page(page))) for page in sorted(pages)]
+    in_one_piece = PageHashes(ram)
+    content = memoryview(b"".join(ram.page(page) for page in sorted(pages)))
+    assert in_one_piece.note(runs, [content]).tolist() == noted.tolist()
+    assert together.digest() == alone.digest() == in_one_piece.digest()
+    ram.close()
+
+
+@given(page_sets, st.integers(0, PAGES), st.integers(0, PAGES))
+def test_of_two_the_differing_pages_of_a_part_are_found(written: set[int], one: int, other: int) -> None:
+    first, end = sorted((one, other))
+    ram = Ram.create("test", PAGES * PAGE)
+    before, after = PageHashes(ram), PageHashes(ram)
+    ram.words[sorted_array(written), 1] = 1
+    note(after, ram, ram.populated())
+    assert page_set(after.differing(before)) == written
+    assert page_set(after.differing(before, first, end)) == {page for page in written if first <= page < end}
+    ram.close()
+
+
 def test_pages_exchanged_give_another_digest() -> None:
     assert hashed({1: 1, 2: 2}, [1, 2]) != hashed({1: 2, 2: 1}, [1, 2])
 
@@ -225,6 +325,79 @@ def test_a_page_that_was_changed_sent_and_changed_back_still_differs(ram: Ram) -
     assert page_set(bitmap.take()) == {3}
 
 
+@given(page_sets, page_sets, st.integers(0, PAGES), st.integers(0, PAGES))
+def test_comparing_a_part_finds_what_differs_there_and_the_rest_stays_due(
+    first_written: set[int], written: set[int], one: int, other: int
+) -> None:
+    first, end = sorted((one, other))
+    ram = Ram.create("test", PAGES * PAGE)
+    bitmap, sent = HashBitmap(ram), PageHashes(ram)
+    ram.words[sorted_array(first_written), 0] = 1
+    note(sent, ram, ram.populated())
+    bitmap.begin(sent)
+    ram.words[sorted_array(written), 1] = 2
+    inside = {page for page in written if first <= page < end}
+    taken = bitmap.take(first, end)
+    assert page_set(taken) == inside
+    note(sent, ram, taken)
+    assert page_set(bitmap.peek()) == written - inside
+    ram.close()
+
+
+# ---------------------------------------------------------------- the bitmap that the kernel clears all at once
+
+
+class Page55(SoftDirtyBitmap):
+    """A kernel's part, by a set: `write` as the guest would, `_written` and `clear` as /proc would."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(pid, 0, PAGES * PAGE)
+        self.set: set[int] = set()
+
+    def _written(self) -> np.ndarray:
+        return mask_of(runs_of(sorted_array(self.set)), PAGES)
+
+    def clear(self) -> None:
+        state = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[0]
+        assert state in "Tt", "the guest is stopped while it is read and cleared"
+        self.set = set()
+
+
+@pytest.fixture(scope="module")
+def sleeper() -> Iterator[int]:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process.pid
+        process.kill()
+
+
+ranges = st.tuples(st.integers(0, PAGES), st.integers(0, PAGES)).map(lambda edges: (min(edges), max(edges)))
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(page_sets, ranges), max_size=4))
+def test_what_the_kernel_has_cleared_and_nobody_has_asked_for_yet_is_kept(
+    sleeper: int, steps: list[tuple[set[int], tuple[int, int]]]
+) -> None:
+    bitmap, dirty = Page55(sleeper), set[int]()
+    for written, (first, end) in steps:
+        bitmap.set |= written
+        dirty |= written
+        assert page_set(bitmap.peek()) == dirty
+        inside = {page for page in dirty if first <= page < end}
+        assert page_set(bitmap.take(first, end)) == inside
+        dirty -= inside
+        assert page_set(bitmap.peek()) == dirty
+    assert page_set(bitmap.take()) == dirty
+    assert count(bitmap.take()) == 0
+
+
+def test_a_guest_that_has_ended_is_not_taken_for_clean() -> None:
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it stays, a zombie
+        with pytest.raises(TestbedError, match=f"the guest process {process.pid} has ended"):
+            Page55(process.pid).take()
+
+
 # ---------------------------------------------------------------- the kernel's bitmap
 
 
@@ -240,7 +413,8 @@ import numpy as np
 from hosts.ram import Ram, arm
 
 ram = Ram(int(sys.argv[1]))
-print(arm(ram), ram.address, flush=True)
+tracking, userfaults = arm(ram)
+print(tracking, ram.address, flush=True)
 random = np.random.Generator(np.random.SFC64(1))
 for line in sys.stdin:
     order, *numbers = line.split()
@@ -313,7 +487,8 @@ def tracked(guest_and_ram: tuple[Guest, Ram]) -> tuple[Guest, Ram, WpAsyncBitmap
 
 
 def test_arming_tells_a_way_that_works_here(ram: Ram) -> None:
-    bitmap = open_bitmap(arm(ram), os.getpid(), ram.address, ram)
+    tracking, _userfaults = arm(ram)
+    bitmap = open_bitmap(tracking, os.getpid(), ram.address, ram)
     bitmap.take()
     ram.words[[3, 9], 0] = 1
     assert {3, 9} <= page_set(bitmap.peek())
@@ -339,6 +514,23 @@ def test_the_kernel_finds_exactly_the_pages_that_the_guest_wrote(
     assert count(bitmap.take()) == 0
     guest.write(first, first + 1)
     assert bitmap.take().tolist() == [[first, first + 1]], "written again, dirty again"
+
+
+@pytest.mark.parametrize(
+    ("first", "end"), [(0, 100), (99, 101), (100, LARGE), (LARGE - 1, LARGE), (500, 500), (0, LARGE)]
+)
+@pytest.mark.parametrize("step", [1, 2, 7])
+def test_of_a_part_only_the_written_pages_become_clean_and_all_others_stay_dirty(
+    tracked: tuple[Guest, Ram, WpAsyncBitmap], first: int, end: int, step: int
+) -> None:
+    guest, _, bitmap = tracked
+    guest.write(1, LARGE, step)
+    written = np.arange(1, LARGE, step)
+    inside = (written >= first) & (written < end)
+    assert np.array_equal(pages_of(bitmap.take(first, end)), written[inside])
+    assert np.array_equal(pages_of(bitmap.peek()), written[~inside])
+    assert np.array_equal(pages_of(bitmap.take()), written[~inside])
+    assert count(bitmap.peek()) == 0
 
 
 def test_a_guest_that_goes_on_writing_loses_no_page(tracked: tuple[Guest, Ram, WpAsyncBitmap]) -> None:

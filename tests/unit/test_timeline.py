@@ -14,6 +14,7 @@ MAC, MIGRATION = "00:50:56:00:00:01", "vm1-0badcafe"
 MS = 1_000_000
 # when (ms), what: one migration as both agents and the controller record it
 STORY: list[tuple[float, str, dict[str, Any]]] = [
+    (999.5, "rounds.begin", {"mode": "precopy"}),
     (1000, "round.begin", {"round": 1}),
     (1400, "round.end", {"round": 1}),
     (1401, "round.begin", {"round": 2}),
@@ -46,12 +47,12 @@ def test_every_duration_is_what_its_events_say() -> None:
     assert timeline(events, MIGRATION, MAC) == Timeline(
         vm="vm1",
         migration=MIGRATION,
-        begun_ns=1000 * MS,
+        begun_ns=round(999.5 * MS),
         suspending_ns=1501 * MS,
         suspended_ns=1503 * MS,
         resuming_ns=1514 * MS,
         resumed_ns=1515 * MS,
-        total_ms=515.0,
+        total_ms=515.5,
         downtime_ms=14.0,
         parts_ms={"suspend": 2.0, "residual": 5.0, "state": 4.0, "claim": 1.5, "resume": 1.5},
         announced=2,
@@ -60,7 +61,24 @@ def test_every_duration_is_what_its_events_say() -> None:
     )
 
 
-NEEDED = ("round.begin", "vm.suspending", "vm.resuming", *PARTS.values())
+NEEDED = ("rounds.begin", "vm.suspending", "vm.resuming", *PARTS.values())
+
+
+def test_without_rounds_the_time_begins_where_the_first_would_have() -> None:
+    events = [event for event in story() if event["kind"] not in ("round.begin", "round.end")]
+    assert timeline(events, MIGRATION, MAC) == timeline(story(), MIGRATION, MAC)
+
+
+def test_with_post_copy_the_total_lasts_until_all_pages_have_come_and_the_downtime_does_not() -> None:
+    kinds = {"residual.sent": "bitmap.sent", "ram.verified": "ram.whole"}
+    events = [event | {"kind": kinds.get(event["kind"], event["kind"])} for event in story()]
+    mine = {"vm": "vm1", "migration": MIGRATION}
+    events += [{"t": 1516 * MS, "kind": "postcopy.begin", **mine}, {"t": 1999 * MS, "kind": "postcopy.end", **mine}]
+    of_another = {"t": 2500 * MS, "kind": "postcopy.end", "vm": "vm1", "migration": "vm1-other"}
+    result = timeline([*events, of_another], MIGRATION, MAC)
+    plain = timeline(story(), MIGRATION, MAC)
+    assert (result.total_ms, result.downtime_ms) == (999.5, 14.0)
+    assert result.parts_ms == plain.parts_ms
 
 
 @pytest.mark.parametrize("kind", NEEDED)

@@ -12,13 +12,15 @@ from experiments.probes import Results
 from experiments.streams import BulkResult, TransactionsResult
 from experiments.timeline import Timeline
 from experiments.verdict import Findings, judge
-from hosts.policy import Round
-from hosts.source import Outcome
+from hosts.policy import MODES, STRATEGIES, Policy, Round
+from hosts.ram import PAGE
+from hosts.source import Outcome, PostCopy
 from hosts.vcenter import Result
 
 MS = 1_000_000
 SUSPENDING, RESUMING, RESUMED = 10_000 * MS, 10_018 * MS, 10_020 * MS
 STARTED, STOPPED = 8_000 * MS, 14_000 * MS
+POLICY = Policy(downtime_ms=50.0)
 DIGEST = "d41d8cd98f00b204e9800998ecf8427e"
 
 
@@ -40,7 +42,7 @@ class Case(NamedTuple):
     probes: Results
     evidence: Evidence
 
-    def judged(self, announce: str = "rarp", target_ms: float = 50.0) -> Findings:
+    def judged(self, announce: str = "rarp", policy: Policy = POLICY) -> Findings:
         result = Result("vm1-0badcafe", "vm1", "esx1", "esx2", self.outcome)
         return judge(
             result,
@@ -48,7 +50,7 @@ class Case(NamedTuple):
             self.probes,
             self.evidence,
             ram_bytes=2**29,
-            downtime_target_ms=target_ms,
+            policy=policy,
             announce=announce,
         )
 
@@ -189,6 +191,19 @@ def test_an_announcement_is_checked_where_one_was_ordered(announce: str) -> None
     assert silent.judged("none").checks == dict.fromkeys(CHECKS - {"announced_after_resume"}, True)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_downtime_is_checked_where_one_was_aimed_at(mode: str, strategy: str) -> None:
+    policy = Policy(50.0, 120.0, mode, strategy)  # type: ignore[arg-type]
+    findings = GOOD.but("timeline", downtime_ms=5000.0).judged(policy=policy)
+    if policy.aims_at_downtime:
+        assert findings.checks["downtime_within_target"] is False
+        assert findings.sections["migration"]["downtime_target_ms"] == 50.0
+    else:
+        assert findings.checks == dict.fromkeys(CHECKS - {"downtime_within_target"}, True)
+        assert findings.sections["migration"]["downtime_target_ms"] is None
+
+
 # ---------------------------------------------------------------- the sections of the summary
 
 
@@ -224,3 +239,43 @@ def test_the_figures_are_those_that_were_measured() -> None:
 def test_without_an_announcement_there_is_no_time_of_the_first() -> None:
     sections = GOOD.but("evidence", announcements=0, first_announcement_ns=None).judged("none").sections
     assert sections["announce"] == {"mode": "none", "frames": 0, "first_after_resume_ms": None}
+
+
+def postcopy(pages: int, rounds: list[Round], waits: list[float]) -> dict[str, Any]:
+    """The summary's section on a migration by post-copy."""
+    outcome = {"rounds": rounds, "residual_pages": 0, "postcopy": PostCopy(pages, 1000.0, len(waits), waits)}
+    sections = GOOD.but("outcome", **outcome).judged(policy=Policy(mode="hybrid")).sections
+    assert msgspec.json.decode(msgspec.json.encode(sections)) == sections, "it is mere data"
+    migration: dict[str, Any] = sections["migration"]
+    return migration
+
+
+def test_post_copy_tells_its_pages_and_how_long_the_guest_waited_for_one() -> None:
+    waits = [float(us) for us in range(200, 0, -1)]
+    section = postcopy(25_000, [], waits)
+    assert section["mode"] == "hybrid"
+    assert section["postcopy"] == {
+        "pages": 25_000,
+        "ms": 1000.0,
+        "faults": 200,
+        "fault_us": {"median": 101.0, "p99": 199.0},
+    }
+    assert section["goodput_mbps"] == pytest.approx(25_000 * PAGE * 8 / 1e6)
+
+
+def test_post_copy_without_a_fault_has_no_waits() -> None:
+    assert postcopy(5, [], [])["postcopy"]["fault_us"] == {}
+    assert GOOD.judged().sections["migration"]["postcopy"] is None
+
+
+def test_the_goodput_is_taken_where_most_pages_crossed() -> None:
+    rounds = [Round(1000, 0, 4_096_000, 40.0, 0)]
+    assert postcopy(999, rounds, [])["goodput_mbps"] == pytest.approx(819.2)
+    assert postcopy(1001, rounds, [])["goodput_mbps"] == pytest.approx(1001 * PAGE * 8 / 1e6)
+    stopped = GOOD.but("outcome", rounds=[], residual_pages=750).judged(policy=Policy(mode="stop-and-copy"))
+    assert stopped.sections["migration"]["goodput_mbps"] == pytest.approx(750 * PAGE * 8 / 6e3)  # in 6 ms
+
+
+def test_what_a_guest_was_throttled_by_and_whether_pages_were_packed_is_told() -> None:
+    section = GOOD.but("outcome", throttles=[0.2, 0.3], packed=True, zero_pages=7).judged().sections["migration"]
+    assert (section["throttles"], section["packed"], section["zero_pages"]) == ([0.2, 0.3], True, 7)
