@@ -1,8 +1,8 @@
 """Packing pages for slow links: zstd or lz4, chosen where it pays.
 
-Whether it pays is measured, not guessed: at the beginning of a long round some pages go packed and some
-plain, and what brought more pages across in a second is used for the rest. With a full socket buffer the
-time of a send is the link's, so this compares the link with the processor.
+Whether it pays is measured, not guessed: at the beginning of a long round some pages go plain and some
+packed, and what brought more pages across in a second is used for the rest. With a full socket buffer the
+time of a send is the link's, so this compares the link with the processor; pages that fill it come before.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,10 @@ from hosts.protocol import CHUNK_PAGES, PLAIN, Flag
 from hosts.ram import PAGE
 from topologies.errors import TestbedError
 
-# Longer than what socket buffers swallow at once, so that the link's speed shows
-TRIAL_PAGES = 2048
+# What socket buffers swallow at once (net.ipv4.tcp_wmem: 4 MiB at most), so that the link's speed shows behind it
+WARM_UP_PAGES = 1024
+TRIAL_PAGES = 1024
+_LONG_ROUND_PAGES = 8 * TRIAL_PAGES
 # A packing that saves less than this is not worth the receiver's work
 _MIN_GAIN = 0.05
 _ZSTD_LEVEL = 1
@@ -71,16 +73,22 @@ class Choice:
     """Packed or plain, for the next pages of a round. Pure: `sent` tells it what happened."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._trials = {True: Trial(), False: Trial()}
+        self._warm_up = WARM_UP_PAGES
 
     def begin_round(self, pages: int) -> None:
         """A long round tries both ways again; a short one uses what is known."""
-        if pages >= 4 * TRIAL_PAGES:
-            self._trials = {True: Trial(), False: Trial()}
+        if pages >= _LONG_ROUND_PAGES:
+            self._begin()
 
     def packed(self) -> bool:
-        """How the next pages go."""
-        for way in (True, False):
+        """How the next pages go. Plain ones first: they leave the socket buffer full, packed ones may not."""
+        if self._warm_up > 0:
+            return False
+        for way in (False, True):
             if self._trials[way].pages < TRIAL_PAGES:
                 return way
         return self.pays
@@ -90,6 +98,9 @@ class Choice:
         return self._trials[True].rate > self._trials[False].rate * (1 + _MIN_GAIN)
 
     def sent(self, packed: bool, pages: int, seconds: float) -> None:
+        if self._warm_up > 0:
+            self._warm_up -= pages
+            return
         trial = self._trials[packed]
         if trial.pages < TRIAL_PAGES:
             trial.pages += pages

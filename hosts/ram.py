@@ -196,10 +196,10 @@ class PageHashes:
 
     def note(self, runs: np.ndarray, contents: list[memoryview]) -> np.ndarray:
         """These pages have this content for now: whole pages, in the order of the runs. Returns their hashes."""
-        digest = xxhash.xxh3_64_intdigest
-        hashes = np.array(
-            [digest(content[at : at + PAGE]) for content in contents for at in range(0, len(content), PAGE)], np.uint64
-        )
+        pages = contents
+        if len(contents) != count(runs):
+            pages = [content[at : at + PAGE] for content in contents for at in range(0, len(content), PAGE)]
+        hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, pages), np.uint64, len(pages))
         self._hashes[pages_of(runs)] = hashes
         return hashes
 

@@ -216,12 +216,16 @@ class Stream:
             if self.encrypted:  # TLS takes one buffer
                 self._socket.sendall(b"".join(pending))
                 return
-            while pending:
-                sent = self._socket.sendmsg(pending)
+            sent = self._socket.sendmsg(pending)
+            if sent == HEADER.size + length:  # all at once, as nearly always
+                return
+            while True:
                 while pending and sent >= len(pending[0]):
                     sent -= len(pending.pop(0))
-                if sent:
-                    pending[0] = pending[0][sent:]
+                if not pending:
+                    return
+                pending[0] = pending[0][sent:]
+                sent = self._socket.sendmsg(pending)
         except OSError as error:
             raise StreamLost(f"the vMotion connection broke while sending {kind.name}: {self._why(error)}") from error
 
@@ -234,14 +238,18 @@ class Stream:
 
     def into(self, buffers: list[memoryview]) -> None:
         """The next bytes, into all of these buffers."""
+        left = sum(map(len, buffers))
         try:
-            while buffers:
+            while left:
                 if self.encrypted:
                     got = self._socket.recv_into(buffers[0])
                 else:
                     got = self._socket.recvmsg_into(buffers, 0, socket.MSG_WAITALL)[0]
                 if got == 0:
                     raise StreamLost("the vMotion connection was closed by the peer")
+                left -= got
+                if not left:  # all at once, as nearly always
+                    return
                 while buffers and got >= len(buffers[0]):
                     got -= len(buffers.pop(0))
                 if got:

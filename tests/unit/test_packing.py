@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pairs import MIB
 
-from hosts.packing import TRIAL_PAGES, Choice, packer, unpack
+from hosts.packing import TRIAL_PAGES, WARM_UP_PAGES, Choice, packer, unpack
 from hosts.protocol import CHUNK_PAGES, PLAIN, Flag
 from hosts.ram import PAGE
 from hosts.transport import COMPRESSIONS
@@ -137,7 +137,8 @@ def sent_a_round(choice: Choice, pages: int, packed_per_s: float, plain_per_s: f
     return ways
 
 
-TRIED = 2 * TRIAL_PAGES // CHUNK_PAGES  # chunks that find out
+WARM_UP = WARM_UP_PAGES // CHUNK_PAGES  # chunks that fill the socket buffers
+TRIED = WARM_UP + 2 * TRIAL_PAGES // CHUNK_PAGES  # chunks that find out
 rates = st.floats(1e3, 1e6)
 
 
@@ -149,7 +150,8 @@ rates = st.floats(1e3, 1e6)
 def test_a_long_round_tries_both_ways_and_then_takes_the_faster(packed_per_s: float, plain_per_s: float) -> None:
     choice = Choice()
     ways = sent_a_round(choice, 100_000, packed_per_s, plain_per_s)
-    assert ways[:TRIED].count(True) == ways[:TRIED].count(False) == TRIED // 2
+    assert set(ways[:WARM_UP]) == {False}
+    assert ways[WARM_UP:TRIED].count(True) == ways[WARM_UP:TRIED].count(False) == TRIAL_PAGES // CHUNK_PAGES
     if abs(packed_per_s / plain_per_s - 1.05) > 1e-6:
         assert set(ways[TRIED:]) == {packed_per_s > plain_per_s * 1.05}
         assert choice.pays == (packed_per_s > plain_per_s * 1.05)
@@ -167,7 +169,33 @@ def test_a_link_that_has_changed_is_noticed_in_the_next_long_round() -> None:
     assert sent_a_round(choice, 100_000, 30_000, 100_000)[-1] is False
 
 
-def test_before_anything_was_sent_packing_is_tried_and_does_not_pay_yet() -> None:
+def test_before_anything_was_sent_packing_does_not_pay_yet() -> None:
     choice = Choice()
-    assert choice.packed() is True
+    assert choice.packed() is False
     assert choice.pays is False
+
+
+@pytest.mark.parametrize("buffer_pages", [0, 300, WARM_UP_PAGES])
+@pytest.mark.parametrize(
+    ("link", "packer_per_s", "shrinks_to", "pays"),
+    [
+        (6_000, 200_000, 1.0, False),  # 200 Mbit/s, random RAM
+        (3_000, 200_000, 0.1, True),  # 100 Mbit/s
+        (30_000, 25_000, 0.1, False),  # 1 Gbit/s and a busy processor
+        (30_000, 40_000, 0.1, True),
+    ],
+)
+def test_what_the_socket_buffers_swallow_decides_nothing(
+    buffer_pages: int, link: float, packer_per_s: float, shrinks_to: float, pays: bool
+) -> None:
+    """A send ends when its pages have found room: the first ones do so at once."""
+    choice, waiting = Choice(), 0.0
+    choice.begin_round(100_000)
+    for _ in range(0, 100_000, CHUNK_PAGES):
+        packed = choice.packed()
+        took_s = CHUNK_PAGES / packer_per_s if packed else 0.0
+        waiting = max(0.0, waiting - took_s * link) + CHUNK_PAGES * (shrinks_to if packed else 1)
+        wait_s = max(0.0, waiting - buffer_pages) / link
+        waiting -= wait_s * link
+        choice.sent(packed, CHUNK_PAGES, took_s + wait_s)
+    assert choice.pays is pays
