@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from hosts.packing import Choice, packer
-from hosts.protocol import PLAIN, Kind, encode_hashes
+from hosts.protocol import PLAIN, Kind
 from hosts.ram import PageHashes, Ram, count, pages_of, runs_of
 from hosts.stream import Stream
 
@@ -48,22 +48,22 @@ class Feed:
         """Does packing pay, as far as is known?"""
         return self._packing is not PLAIN and self._choice.pays
 
-    def send(self, chunk: np.ndarray, number: int, *, hashed: bool = False) -> None:
-        """Send these pages, at most CHUNK_PAGES, as part of a round. `hashed`: the guest is stopped, say their hashes.
+    def send(self, chunk: np.ndarray, number: int) -> None:
+        """Send these pages, at most CHUNK_PAGES, as part of a round.
 
         The guest may write to a page between the look at it and the send: its bitmap knows.
         """
         if not self._lanes:
-            self._send(self._streams[0], chunk, number, hashed)
+            self._send(self._streams[0], chunk, number)
             return
         lane = self._lanes[self._turn]
         self._turn = (self._turn + 1) % len(self._lanes)
-        lane.put(lambda stream: self._send(stream, chunk, number, hashed))
+        lane.put(lambda stream: self._send(stream, chunk, number))
 
     def flush(self, number: int) -> None:
         """Until every page sent has arrived; with one connection what follows on it comes behind them anyway."""
         for lane in self._lanes:
-            lane.put(lambda stream: _end_round(stream, number))
+            lane.put(lambda stream: end_round(stream, number))
         for lane in self._lanes:
             lane.join()
 
@@ -71,7 +71,7 @@ class Feed:
         for lane in self._lanes:
             lane.close()
 
-    def _send(self, stream: Stream, chunk: np.ndarray, number: int, hashed: bool) -> None:
+    def _send(self, stream: Stream, chunk: np.ndarray, number: int) -> None:
         pages = pages_of(chunk)
         copy = self.ram.words[pages] if self.copies else None  # (indexing by an array copies)
         full = self.ram.nonzero(pages) if copy is None else copy.any(axis=1)
@@ -84,28 +84,26 @@ class Feed:
             chunk = runs_of(pages[full])
         if len(chunk):
             content = self.ram.views(chunk) if copy is None else [memoryview(copy[full]).cast("B")]
-            self._send_full(stream, chunk, content, number, hashed)
+            self._send_full(stream, chunk, content, number)
 
-    def _send_full(
-        self, stream: Stream, chunk: np.ndarray, content: list[memoryview], number: int, hashed: bool
-    ) -> None:
-        noted = self.hashes.note(chunk, content)
-        hashes = encode_hashes(noted) if hashed else b""
+    def _send_full(self, stream: Stream, chunk: np.ndarray, content: list[memoryview], number: int) -> None:
+        self.hashes.note(chunk, content)
         pages = count(chunk)
         began, packed = time.perf_counter(), self._packing is not PLAIN and self._choice.packed()
         small = self._pack[stream](b"".join(content)) if packed else b""
         if packed and len(small) < sum(len(view) for view in content):
-            stream.send_pages(chunk, [memoryview(small)], number, hashes, self._packing)
-        elif pages >= _LONG_RUN * len(chunk) and not (hashed or self.copies or stream.encrypted):
+            stream.send_pages(chunk, [memoryview(small)], number, packing=self._packing)
+        elif pages >= _LONG_RUN * len(chunk) and not (self.copies or stream.encrypted):
             stream.send_file_pages(chunk, self.ram, number)
         else:
-            stream.send_pages(chunk, content, number, hashes)
+            stream.send_pages(chunk, content, number)
         with self._counting:
             self._choice.sent(packed, pages, time.perf_counter() - began)
             self.sent += pages
 
 
-def _end_round(stream: Stream, number: int) -> None:
+def end_round(stream: Stream, number: int) -> None:
+    """Until the peer has acknowledged everything on this connection."""
     stream.mark(Kind.ROUND_END, number)
     stream.expect(Kind.ROUND_ACK)
 

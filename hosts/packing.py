@@ -95,7 +95,9 @@ class Choice:
 
     @property
     def pays(self) -> bool:
-        return self._trials[True].rate > self._trials[False].rate * (1 + _MIN_GAIN)
+        """As far as is known: both ways have to have been tried."""
+        packed, plain = self._trials[True].rate, self._trials[False].rate
+        return 0 < plain * (1 + _MIN_GAIN) < packed
 
     def sent(self, packed: bool, pages: int, seconds: float) -> None:
         if self._warm_up > 0:

@@ -5,13 +5,14 @@ guest has written until then crosses once and not twice. Between two chunks a ro
 throttle of the guest, or cancelled.
 """
 
+import threading
 import time
 from collections.abc import Callable
 
 import msgspec
 import numpy as np
 
-from hosts.feed import Feed
+from hosts.feed import Feed, end_round
 from hosts.machine import Machine
 from hosts.policy import (
     Action,
@@ -26,6 +27,8 @@ from hosts.policy import (
 )
 from hosts.protocol import CHUNK_PAGES
 from hosts.ram import NO_RUNS, PAGE, chunks, count, mask_of, runs_from, runs_of
+from hosts.stream import Stream
+from topologies.errors import TestbedError
 
 _TELL_EVERY_S = 0.1
 # How long the guest is watched before the policy is asked again within a round (QEMU's periods are about 1 s)
@@ -48,30 +51,37 @@ class Progress(msgspec.Struct, frozen=True):
     throttle: float = 0.0
 
 
+class Cancelled(TestbedError):
+    """Somebody has changed his mind."""
+
+    def __init__(self) -> None:
+        super().__init__("cancelled")
+
+
 class PreCopy:
-    """The rounds of one migration. `flush(number)` waits until all that was fed has arrived."""
+    """The rounds of one migration over `stream`, their pages by `feed`; Cancelled once `cancelled` is set."""
 
     def __init__(
         self,
         machine: Machine,
         migration: str,
         policy: Policy,
+        stream: Stream,
         feed: Feed,
-        flush: Callable[[int], None],
         report: Callable[[Progress], None],
+        cancelled: threading.Event,
     ) -> None:
         self.machine, self.migration, self.policy, self.feed = machine, migration, policy, feed
         self.ram, self.bitmap = machine.guest.ram, machine.guest.bitmap
         self.rounds: list[Round] = []
         self.throttles: list[float] = []
         self.decision = Decision(Action.CONTINUE)
-        self._flush, self._report = flush, report
+        self._stream, self._report, self._cancelled = stream, report, cancelled
         self._owed = NO_RUNS  # due in a round that was broken off
         self._taken = 0  # pages that were dirty when they were taken from the bitmap
 
-    def run(self, check_cancelled: Callable[[], None]) -> Decision:
+    def run(self) -> Decision:
         """Rounds until the decision is another than CONTINUE."""
-        self._check_cancelled = check_cancelled
         self._began, self._told = time.monotonic(), time.monotonic()
         self._emit("rounds.begin", mode=self.policy.mode)
         self.bitmap.begin(self.feed.hashes)  # from here on, every write is a page to send again
@@ -83,7 +93,7 @@ class PreCopy:
         due = int(self._existed.sum())
         while self.decision.action in (Action.CONTINUE, Action.THROTTLE):
             self._round(due)
-            check_cancelled()
+            self._check_cancelled()
             due = self.rounds[-1].remaining_bytes // PAGE
         return self.decision
 
@@ -119,7 +129,9 @@ class PreCopy:
         self.feed.begin_round(due)
         began = self._emit("round.begin", round=number)
         broken_off = self._sweep(number, due)
-        self._flush(number)  # also of a round that was broken off: what waits in the host would lengthen the downtime
+        # also of a round that was broken off: what waits in the host would lengthen the downtime
+        self.feed.flush(number)
+        end_round(self._stream, number)
         ended = time.monotonic_ns()
         remaining = int(self.still_due(self.bitmap.peek()).sum()) * PAGE
         pages, zero_pages = self.feed.sent - sent, self.feed.zero - zero
@@ -177,6 +189,10 @@ class PreCopy:
                 self._slow_down(next_throttle(self.throttle))
                 return None
         return decision
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled
 
     def total_dirtied_bytes(self) -> int:
         """All that was dirty since the first round began, counted again each time that it was written again."""

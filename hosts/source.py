@@ -23,11 +23,11 @@ import msgspec
 import numpy as np
 
 from hosts.datastore import DatastoreError
-from hosts.feed import Feed
+from hosts.feed import Feed, end_round
 from hosts.machine import Machine
 from hosts.policy import Action, Policy, Round
 from hosts.postcopy import Server
-from hosts.precopy import PreCopy, Progress
+from hosts.precopy import Cancelled, PreCopy, Progress
 from hosts.protocol import (
     CHUNK_PAGES,
     MAJOR,
@@ -191,17 +191,19 @@ class OutgoingMigration:
         if self.policy.mode != "postcopy":  # there, what is not there yet is what has to be asked for
             self.stream.send_bitmap(encode_bitmap(mask_of(self.ram.populated(), self.ram.pages)), 0)
             with self.stream.patient(self.ram.size / _RESERVED_PER_S):
-                self._end_round(0)
+                end_round(self.stream, 0)
 
     def precopy(self) -> None:
-        self._precopy = PreCopy(self.machine, self.migration, self.policy, self.feed, self._end_round, self.report)
-        decision = self._precopy.run(self._check_cancelled)
+        self._precopy = PreCopy(
+            self.machine, self.migration, self.policy, self.stream, self.feed, self.report, self._cancelled
+        )
+        decision = self._precopy.run()
         if decision.action is Action.GIVE_UP:
             raise MigrationFailed(self._too_slow())
         if self._by_postcopy and self._rounds.rounds:
             # the destination makes room for what has to come again, while the guest still runs
             self.stream.send_bitmap(encode_bitmap(self._rounds.still_due(self.bitmap.peek())), self._next_round)
-            self._end_round(self._next_round)
+            end_round(self.stream, self._next_round)
 
     def suspend(self) -> None:
         self._emit("vm.suspending")
@@ -286,11 +288,6 @@ class OutgoingMigration:
 
     # ------------------------------------------------------------ parts of phases
 
-    def _end_round(self, number: int) -> None:
-        self.feed.flush(number)
-        self.stream.mark(Kind.ROUND_END, number)
-        self.stream.expect(Kind.ROUND_ACK)
-
     def _left_at_suspend(self) -> np.ndarray:
         left = self._rounds.still_due(self.bitmap.take())
         self.machine.guest.check()  # the kernel calls the pages of a process that has ended clean
@@ -319,7 +316,7 @@ class OutgoingMigration:
 
     def _check_cancelled(self) -> None:
         if self._cancelled.is_set():
-            raise MigrationFailed("cancelled")
+            raise Cancelled
 
     def _said(self, error: Exception) -> str:
         """A cancel may have broken a wait, which then looks like a lost connection."""

@@ -103,3 +103,58 @@ def test_events_and_manifest_tell_the_story(demo: tuple[Path, str]) -> None:
     assert places == sorted(places)
     manifest = json.loads((demo[0] / "manifest.json").read_text())
     assert manifest["plan"]["vms"][0]["ram"] == 96 * 2**20 and manifest["seed"] == 1
+
+
+# ---------------------------------------------------------------- another mode
+
+
+@pytest.fixture(scope="module")
+def encrypted_postcopy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("postcopy") / "results"
+    program = Program(out, "demo", *SMALL, "--mode", "postcopy", "--encrypt")
+    status, said, err = program.end()
+    assert (status, err) == (0, ""), said
+    return out, said
+
+
+def test_a_demo_by_encrypted_post_copy_passes_too(encrypted_postcopy: tuple[Path, str]) -> None:
+    folder, said = encrypted_postcopy
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["verdict"] == "pass"
+    assert summary["checks"] == dict.fromkeys(summary["checks"], True)
+    assert {"ram_digests_equal", "downtime_within_target"} <= set(summary["checks"])
+    assert "verdict  pass" in said
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["policy"]["mode"], manifest["transport"]["encrypt"]) == ("postcopy", True)
+
+
+def test_its_summary_tells_of_pages_that_crossed_after_the_resume(encrypted_postcopy: tuple[Path, str]) -> None:
+    migration = json.loads((encrypted_postcopy[0] / "summary.json").read_text())["migration"]
+    postcopy = migration["postcopy"]
+    assert (migration["mode"], migration["rounds"], migration["residual_pages"]) == ("postcopy", [], 0)
+    assert 0.75 * 96 * 2**20 <= postcopy["pages"] * 4096 <= migration["bytes_on_wire"] < 0.8 * 96 * 2**20
+    assert 0 < postcopy["fault_us"]["median"] <= postcopy["fault_us"]["p99"]
+    assert postcopy["faults"] > 0
+    assert migration["downtime_ms"] + postcopy["ms"] < 1.5 * migration["total_ms"]
+
+
+def test_the_predicted_downtime_stands_beside_the_measured_one(
+    summary: dict[str, Any], encrypted_postcopy: tuple[Path, str]
+) -> None:
+    for one in (summary, json.loads((encrypted_postcopy[0] / "summary.json").read_text())):
+        migration = one["migration"]
+        assert 0 < migration["downtime_predicted_ms"] <= migration["downtime_target_ms"] == 50
+        assert 0 < migration["downtime_ms"] <= migration["downtime_target_ms"]
+
+
+def test_an_encrypted_stream_is_tls_and_shows_no_message(
+    demo: tuple[Path, str], encrypted_postcopy: tuple[Path, str]
+) -> None:
+    client_hello, message = "tcp.payload[0:3] == 16:03:01", 'tcp.payload contains "VMOT"'
+
+    def seen(run: tuple[Path, str], what: str) -> list[tuple[str, ...]]:
+        return fields(run[0] / "pcap/esx1.pcapng", f"tcp.port == 8000 and {what}", "ip.src")
+
+    assert len(seen(encrypted_postcopy, client_hello)) == 2  # the main connection, and the one for faults
+    assert seen(encrypted_postcopy, message) == seen(demo, client_hello) == []
+    assert seen(demo, message)

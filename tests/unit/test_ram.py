@@ -37,7 +37,7 @@ from topologies.errors import TestbedError
 ROOT = Path(__file__).parents[2]
 PAGES = 64
 page_numbers = st.integers(0, PAGES - 1)
-page_sets = st.sets(page_numbers)
+page_sets = st.sets(page_numbers) | st.builds(lambda first, end: set(range(first, end)), page_numbers, page_numbers)
 
 
 def sorted_array(pages: set[int]) -> np.ndarray:

@@ -58,7 +58,7 @@ from hosts.protocol import (
     parse_page,
 )
 from hosts.ram import PAGE, PageHashes, Ram, runs_of
-from hosts.stream import PeerAborted, Stream, StreamLost
+from hosts.stream import PEER_TIMEOUT_S, PeerAborted, Stream, StreamLost
 
 
 def runs(*pages: int) -> np.ndarray:
@@ -367,10 +367,16 @@ class Received(NamedTuple):
     peak_bytes: int  # of Python's and numpy's memory
 
 
-def hear(called: socket.socket, session: Session, ram: Ram, serve: Callable[[Stream, Ram], None]) -> Received:
+def hear(
+    called: socket.socket,
+    session: Session,
+    ram: Ram,
+    serve: Callable[[Stream, Ram], None],
+    timeout_s: float = PEER_TIMEOUT_S,
+) -> Received:
     """What this side makes of whatever comes, until it ends by an error; any but these is a bug."""
     ram.bytes[:] = 0xEE
-    stream = Stream(called, session, SILENCE_S)
+    stream = Stream(called, session, timeout_s)
     tracemalloc.start()
     try:
         with stream:
@@ -402,7 +408,7 @@ def spoken(data: bytes, then_silent: bool) -> Iterator[socket.socket]:
 def deliver(data: bytes, then_silent: bool = False) -> Received:
     """What a destination makes of these bytes from its peer."""
     with memory(TINY_RAM) as ram, spoken(data, then_silent) as called:
-        return hear(called, Session("destination"), ram, _be_called)
+        return hear(called, Session("destination"), ram, _be_called, SILENCE_S if then_silent else PEER_TIMEOUT_S)
 
 
 def _be_called(stream: Stream, ram: Ram) -> None:
@@ -454,7 +460,7 @@ def test_an_honest_stream_is_received_to_its_end(frames: list[bytes], state: str
 some_stream = st.sampled_from(list(STREAMS.values()))
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(some_stream, st.data(), st.booleans())
 def test_a_stream_that_ends_early_is_lost_and_nothing_waits_for_it(
     frames: list[bytes], data: st.DataObject, then_silent: bool
@@ -499,7 +505,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return data
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(damaged())
 def test_a_damaged_stream_ends_by_a_named_error_and_within_bounds_of_memory(data: bytes) -> None:
     received = deliver(data)
@@ -538,7 +544,7 @@ def bodies(draw: st.DrawFn, kind: Kind) -> Frame:
 LISTENING = [(role, state) for role, table in TABLE.items() for state in table]
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(st.sampled_from(LISTENING), st.data())
 def test_in_any_state_any_frames_end_by_a_named_error_and_within_bounds_of_memory(
     place: tuple[str, str], data: st.DataObject
