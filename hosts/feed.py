@@ -13,7 +13,7 @@ import numpy as np
 
 from hosts.packing import Choice, packer
 from hosts.protocol import PLAIN, Kind
-from hosts.ram import PageHashes, Ram, count, pages_of, runs_of
+from hosts.ram import PAGE, PageHashes, Ram, count, pages_of, runs_of
 from hosts.stream import Stream
 
 # With runs of so many pages on average, not copying is worth the calls that it takes
@@ -91,14 +91,16 @@ class Feed:
         pages = count(chunk)
         began, packed = time.perf_counter(), self._packing is not PLAIN and self._choice.packed()
         small = self._pack[stream](b"".join(content)) if packed else b""
-        if packed and len(small) < sum(len(view) for view in content):
+        size = pages * PAGE
+        if packed and len(small) < size:
+            size = len(small)
             stream.send_pages(chunk, [memoryview(small)], number, packing=self._packing)
         elif pages >= _LONG_RUN * len(chunk) and not (self.copies or stream.encrypted):
             stream.send_file_pages(chunk, self.ram, number)
         else:
             stream.send_pages(chunk, content, number)
         with self._counting:
-            self._choice.sent(packed, pages, time.perf_counter() - began)
+            self._choice.sent(packed, pages, size, time.perf_counter() - began)
             self.sent += pages
 
 

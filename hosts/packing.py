@@ -15,9 +15,9 @@ from topologies.errors import TestbedError
 
 # What socket buffers swallow at once (net.ipv4.tcp_wmem: 4 MiB at most), so that the link's speed shows behind it
 WARM_UP_PAGES = 1024
-TRIAL_PAGES = 1024
-_LONG_ROUND_PAGES = 8 * TRIAL_PAGES
-# A packing that saves less than this is not worth the receiver's work
+TRIAL_PAGES = 2048
+_LONG_ROUND_PAGES = 4 * TRIAL_PAGES
+# A packing that saves less than this, in time and in bytes, is not worth the receiver's work
 _MIN_GAIN = 0.05
 _ZSTD_LEVEL = 1
 # No window is larger than what is packed at once
@@ -59,9 +59,10 @@ def unpack(flag: Flag, data: bytes, size: int) -> bytes:
 
 
 class Trial(msgspec.Struct):
-    """Pages and seconds of one way of sending."""
+    """Pages, what was sent for them and the seconds that this took, of one way of sending."""
 
     pages: int = 0
+    size: int = 0
     seconds: float = 0.0
 
     @property
@@ -95,15 +96,20 @@ class Choice:
 
     @property
     def pays(self) -> bool:
-        """As far as is known: both ways have to have been tried."""
-        packed, plain = self._trials[True].rate, self._trials[False].rate
-        return 0 < plain * (1 + _MIN_GAIN) < packed
+        """As far as is known: both ways have to have been tried.
 
-    def sent(self, packed: bool, pages: int, seconds: float) -> None:
+        Of two ways that take the link as long, either may seem faster by chance; the bytes tell.
+        """
+        packed, plain = self._trials[True], self._trials[False]
+        saves = packed.size < packed.pages * PAGE * (1 - _MIN_GAIN)
+        return saves and 0 < plain.rate * (1 + _MIN_GAIN) < packed.rate
+
+    def sent(self, packed: bool, pages: int, size: int, seconds: float) -> None:
         if self._warm_up > 0:
             self._warm_up -= pages
             return
         trial = self._trials[packed]
         if trial.pages < TRIAL_PAGES:
             trial.pages += pages
+            trial.size += size
             trial.seconds += seconds

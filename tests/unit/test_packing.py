@@ -133,7 +133,8 @@ def sent_a_round(choice: Choice, pages: int, packed_per_s: float, plain_per_s: f
     ways = []
     for _ in range(0, pages, CHUNK_PAGES):
         ways.append(choice.packed())
-        choice.sent(ways[-1], CHUNK_PAGES, CHUNK_PAGES / (packed_per_s if ways[-1] else plain_per_s))
+        size = CHUNK // 2 if ways[-1] else CHUNK
+        choice.sent(ways[-1], CHUNK_PAGES, size, CHUNK_PAGES / (packed_per_s if ways[-1] else plain_per_s))
     return ways
 
 
@@ -197,5 +198,14 @@ def test_what_the_socket_buffers_swallow_decides_nothing(
         waiting = max(0.0, waiting - took_s * link) + CHUNK_PAGES * (shrinks_to if packed else 1)
         wait_s = max(0.0, waiting - buffer_pages) / link
         waiting -= wait_s * link
-        choice.sent(packed, CHUNK_PAGES, took_s + wait_s)
+        choice.sent(packed, CHUNK_PAGES, int(CHUNK * (shrinks_to if packed else 1)), took_s + wait_s)
+    assert choice.pays is pays
+
+
+@pytest.mark.parametrize(("shrinks_to", "pays"), [(1.0, False), (0.97, False), (0.93, True)])
+def test_what_packing_cannot_make_smaller_does_not_pay_however_fast_it_seemed(shrinks_to: float, pays: bool) -> None:
+    choice = Choice()
+    for _ in range(TRIED):
+        packed = choice.packed()
+        choice.sent(packed, CHUNK_PAGES, int(CHUNK * (shrinks_to if packed else 1)), 1.0 if packed else 1.1)
     assert choice.pays is pays
