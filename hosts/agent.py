@@ -40,8 +40,8 @@ from topologies.plan import Plan, read_plan
 _DISCARDED_WITHIN_S = 2 * PEER_TIMEOUT_S
 
 
-# A round makes objects by the thousand and no cycles: the collector need not look so often (the default is 700, 10, 10).
-# Netlink's messages are cycles, some hundred objects in each migration.
+# A round makes objects by the thousand and no cycles: the collector need not look so often (the default is 700, 10,
+# 10). Netlink's messages are cycles, some hundred objects in each migration.
 _COLLECT = (10_000, 10, 10)
 
 

@@ -111,7 +111,7 @@ class TcpState(msgspec.Struct, frozen=True):
         """How many bytes at the beginning of send_queue are restored as sent and not yet acknowledged.
 
         What was in flight at the suspend is often lost, and a restored connection knows no round-trip time: it
-        would wait a whole second (RFC 6298's initial time-out) to send it again. As much as fits into an initial
+        would wait for seconds (RFC 6298's initial time-out) to send it again. As much as fits into an initial
         window is therefore restored as never sent, and leaves again at once; the peer drops what it has already.
         More than that cannot leave at once, and an acknowledgement of what is "not yet sent" would be refused.
         """

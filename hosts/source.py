@@ -332,7 +332,8 @@ class OutgoingMigration:
 
     def _lost(self, error: Exception) -> VmLost:
         name = self.machine.vm.name
-        return VmLost(f"VM {name} had left {self._here} without all of its RAM: {error}; power it on again")
+        says = "if its new host does not run it, power it on again"
+        return VmLost(f"VM {name} had left {self._here} before all of its RAM had: {error}; {says}")
 
     def _give_up(self, error: Exception) -> None:
         """Before the hand-over: the destination forgets the VM, which has its full speed again here."""

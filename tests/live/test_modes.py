@@ -419,10 +419,10 @@ def test_a_limited_migration_takes_no_more_of_the_link_than_its_limit(testbed: T
             assert 0.5 * 400 < first.bytes * 8 / first.ms / 1000 < 1.15 * 400
 
 
-@pytest.mark.parametrize("streams", [1, 2, 4])
+@pytest.mark.parametrize("streams", [1, 4])
 def test_so_many_connections_carry_pages_as_were_asked_for(testbed: Testbed, streams: int) -> None:
     with slow_cable(testbed):
-        task = start(testbed, by=Transport(streams=streams, encrypt=streams == 2))
+        task = start(testbed, by=Transport(streams=streams, encrypt=streams == 4))
         eventually(lambda: task.status().bytes_sent > 4 * MIB, "pages")
         connections = vmotion_connections(testbed, task.hosts[0])
         task.cancel()
@@ -448,7 +448,7 @@ def vmotion_connections(testbed: Testbed, host: str) -> list[int]:
 
 
 def test_ram_is_to_be_seen_on_the_cable_only_without_encryption(testbed: Testbed, tmp_path: Path) -> None:
-    with another_vm(testbed, ram=16 * MIB) as vm, slow_cable(testbed, "200mbit"):
+    with another_vm(testbed, ram=16 * MIB) as vm, slow_cable(testbed, "400mbit"):
         ram = memory(vm).read_bytes()
         needles = [ram[at : at + 24] for at in range(8 * MIB, 12 * MIB, 64 * 1024)]
         assert all(any(needle) for needle in needles)
@@ -582,9 +582,7 @@ def test_a_migration_can_be_cancelled_up_to_the_point_of_no_return(testbed: Test
     ("mode", "state"),
     [
         ("precopy", "destination:claimed"),
-        ("precopy", "destination:running"),
         ("postcopy", "destination:owned"),
-        ("postcopy", "destination:resumed"),
         ("postcopy", "destination:filling"),
         ("postcopy", "source:serving"),
     ],
