@@ -14,8 +14,7 @@ from hosts.ram import PAGE
 from topologies.errors import TestbedError
 
 # What socket buffers swallow at once (net.ipv4.tcp_wmem: 4 MiB at most), so that the link's speed shows behind it
-WARM_UP_PAGES = 1024
-TRIAL_PAGES = 2048
+WARM_UP_PAGES, TRIAL_PAGES = 2 * CHUNK_PAGES, 3 * CHUNK_PAGES
 _LONG_ROUND_PAGES = 4 * TRIAL_PAGES
 # A packing that saves less than this, in time and in bytes, is not worth the receiver's work
 _MIN_GAIN = 0.05

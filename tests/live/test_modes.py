@@ -299,15 +299,15 @@ def test_after_post_copy_the_vms_writes_are_tracked_again_and_it_moves_on_by_pre
 def test_cancel_leaves_a_guest_that_does_not_converge_where_it_is_at_full_speed(testbed: Testbed) -> None:
     with restless_vm(testbed) as vm:
         place, before = here(testbed, vm), speed(testbed, vm)
-        with pytest.raises(MigrationFailed, match=r"does not converge within 1 s: .*timeout-strategy"):
-            testbed.vcenter.migrate(vm, elsewhere(testbed, vm), Policy(timeout_s=1))
+        with pytest.raises(MigrationFailed, match=r"does not converge within 0\.6 s: .*timeout-strategy"):
+            testbed.vcenter.migrate(vm, elsewhere(testbed, vm), Policy(timeout_s=0.6))
         assert (here(testbed, vm), status(testbed, vm)["state"]) == (place, "running")
         assert speed(testbed, vm) > 0.6 * before
 
 
 def test_switch_suspends_a_guest_that_does_not_converge_and_sends_the_rest(testbed: Testbed) -> None:
     with restless_vm(testbed) as vm:
-        outcome = move(testbed, vm, Policy(timeout_s=1, timeout_strategy="switch"))
+        outcome = move(testbed, vm, Policy(timeout_s=0.6, timeout_strategy="switch"))
         suspended, resumed = moments(testbed, "vm.suspended", "vm.resumed")
     (broken_off,) = outcome.rounds
     assert outcome.residual_pages > broken_off.pages / 2
@@ -385,10 +385,9 @@ def test_only_the_filled_part_of_ram_crosses_and_the_rest_comes_into_being_nowhe
         with another_vm(testbed, fill=fill) as vm:
             filled, before = fill * 32 * MIB, existing_bytes(vm)
             assert filled <= before < filled + MIB
-            for _ in range(2):
-                outcome = move(testbed, vm, Policy(mode=mode))
-                assert filled <= outcome.bytes_on_wire < 1.01 * filled + MIB
-                assert existing_bytes(vm) <= before + MIB / 4
+            outcome = move(testbed, vm, Policy(mode=mode))
+            assert filled <= outcome.bytes_on_wire < 1.01 * filled + MIB
+            assert existing_bytes(vm) <= before + MIB / 4
             if mode != "postcopy":
                 assert outcome.zero_pages > 0  # parts of the ledger exist and are empty
 
@@ -398,7 +397,7 @@ def test_only_the_filled_part_of_ram_crosses_and_the_rest_comes_into_being_nowhe
 
 @pytest.mark.parametrize("method", ["zstd", "lz4"])
 def test_ram_that_packs_well_crosses_a_slow_cable_packed(testbed: Testbed, method: Any) -> None:
-    with another_vm(testbed, ram=64 * MIB, compressible=0.9) as vm, slow_cable(testbed):
+    with another_vm(testbed, ram=64 * MIB, compressible=0.9) as vm, slow_cable(testbed, "200mbit"):
         outcome = move(testbed, vm, by=Transport(compress=method))
     assert outcome.packed
     assert outcome.bytes_on_wire < 0.5 * 48 * MIB
@@ -421,7 +420,7 @@ def test_a_limited_migration_takes_no_more_of_the_link_than_its_limit(testbed: T
 
 @pytest.mark.parametrize("streams", [1, 4])
 def test_so_many_connections_carry_pages_as_were_asked_for(testbed: Testbed, streams: int) -> None:
-    with slow_cable(testbed):
+    with slow_cable(testbed, "200mbit"):
         task = start(testbed, by=Transport(streams=streams, encrypt=streams == 4))
         eventually(lambda: task.status().bytes_sent > 4 * MIB, "pages")
         connections = vmotion_connections(testbed, task.hosts[0])

@@ -158,8 +158,8 @@ WHOLE = 2 * PAGE
         ((b"VMOT", Kind.ROUND_ACK, 0, 1, 5, 0, 1, 0), "ROUND_ACK with 5 pages"),
         ((b"VMOT", Kind.STATE, 0, 0, 1, 0, 1, 20), "STATE with 1 pages"),
         ((b"VMOT", Kind.BITMAP, 0, 0, 0, 3, 1, 20), "BITMAP with 0 pages in 3 runs"),
-        ((b"VMOT", Kind.PAGES, 0, 1, 0, 0, 1, 0), "PAGES with 0 pages in 0 runs; 1 to 256"),
-        ((b"VMOT", Kind.PAGES, 0, 1, 257, 1, 1, 256 * (PAGE + 16)), "PAGES with 257 pages"),
+        ((b"VMOT", Kind.PAGES, 0, 1, 0, 0, 1, 0), f"PAGES with 0 pages in 0 runs; 1 to {CHUNK_PAGES}"),
+        ((b"VMOT", Kind.PAGES, 0, 1, CHUNK_PAGES + 1, 1, 1, PAGE), f"PAGES with {CHUNK_PAGES + 1} pages"),
         ((b"VMOT", Kind.PAGES, 0, 1, 2, 0, 1, WHOLE), "PAGES with 2 pages in 0 runs"),
         ((b"VMOT", Kind.PAGES, 0, 1, 2, 3, 1, WHOLE + 24), "PAGES with 2 pages in 3 runs"),  # a run for no page
         ((b"VMOT", Kind.PAGES, 0, 1, 2, 1, 1, PAGE + 8), "cannot hold 2 pages"),
