@@ -196,7 +196,7 @@ def _stop_at(scene: Scene, case: Case, host: str) -> list[Heal]:
 def _let_it_work(task: Task[Any], case: Case) -> None:
     """Until what was injured can be healed: most migrations end by themselves."""
     if case.injury == "freeze-peer":
-        time.sleep(2 * PEER_TIMEOUT_S)
+        time.sleep(3 * PEER_TIMEOUT_S)  # a send that was taken in part is given its time once more
     elif case.injury == "datastore-away-for-a-while":
         time.sleep(PEER_TIMEOUT_S)
     elif not case.unsure:
