@@ -9,7 +9,7 @@ What would wear out, measured after a few moves and again at the end, each on th
 
     memory, file descriptors and threads of both agents; of the guest's process and of the controller
     TCP sockets of the VM, and their send and receive buffers (the buffers that a move puts back must not grow)
-    processes, ports, namespaces
+    guest processes
 
     sudo ./vmotion run endurance                        about six minutes
     sudo ./vmotion run endurance --migrations 20
@@ -31,6 +31,7 @@ from experiments.testbed import Testbed
 from experiments.timeline import timeline
 from experiments.verdict import Findings
 from experiments.world import run as run_program
+from topologies.errors import UsageError
 from topologies.events import read_events
 
 _WARM_UP = 6
@@ -63,6 +64,8 @@ class Holdings:
 def run(run: Run) -> Findings:
     """Warm up, look, migrate, look again."""
     plan, vm = run.plan, run.plan.vms[0]
+    if run.options.migrations <= _WARM_UP:
+        raise UsageError(f"--migrations {run.options.migrations}: the first {_WARM_UP} warm up; take more")
     hosts = [host.name for host in plan.hosts]
     downtimes, equal = [], True
     with Testbed(run) as testbed:
@@ -80,7 +83,8 @@ def run(run: Run) -> Findings:
                 here = testbed.vcenter.places[vm.name]
                 there = next(host for host in hosts if host != here)
                 result = testbed.vcenter.migrate(vm.name, there, run.options.policy, transport=run.options.transport)
-                equal = equal and result.outcome.source_digest == result.outcome.destination_digest != ""
+                outcome = result.outcome
+                equal = equal and outcome.source_digest == outcome.destination_digest != "" and not outcome.stale_pages
                 downtimes.append(timeline(read_events(run.events_file), result.migration, vm.mac).downtime_ms)
                 if number == _WARM_UP:
                     before = holdings(testbed, vm.name)

@@ -139,7 +139,7 @@ def play(testbed: Testbed, vm: str, case: Case) -> Verdict:
     checks["full_speed"] = _full_speed(scene)
     here = vcenter.places[vm]
     retry = vcenter.migrate(vm, next(host.name for host in testbed.run.plan.hosts if host.name != here)).outcome
-    checks["retry"] = retry.source_digest == retry.destination_digest != ""
+    checks["retry"] = retry.source_digest == retry.destination_digest != "" and retry.stale_pages == 0
     expected = "".join(sorted(one.value for one in case.ends))
     return Verdict(case.name, expected, end.name.lower(), checks, _said(task), time.monotonic() - began)
 
@@ -288,7 +288,7 @@ def _one_vm(scene: Scene, end: End) -> bool:
 def _nothing_stray(scene: Scene, end: End) -> bool:
     place = {End.SOURCE: scene.source, End.DESTINATION: scene.target}.get(end)
     ports = [host for host in (scene.source, scene.target) if injuries.has_port(scene, host)]
-    return ports == ([place] if place else ports) and not _migrations(scene.testbed)
+    return ports == ([place] if place else []) and not _migrations(scene.testbed)
 
 
 def _full_speed(scene: Scene) -> bool:

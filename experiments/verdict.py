@@ -37,6 +37,7 @@ def judge(
     outcome, transactions, bulk = result.outcome, probes.transactions, probes.bulk
     checks = {
         "ram_digests_equal": outcome.source_digest == outcome.destination_digest != "",
+        "no_stale_page": outcome.stale_pages == 0,
         "tcp_connection_survived": transactions.connection_survived
         and bulk.connection_survived
         and evidence.connections_opened == 2
@@ -79,6 +80,7 @@ def _migration(result: Result, timeline: Timeline, ram_bytes: int, policy: Polic
         "rounds": [msgspec.structs.asdict(r) for r in outcome.rounds],
         "zero_pages": outcome.zero_pages,
         "residual_pages": outcome.residual_pages,
+        "stale_pages": outcome.stale_pages,
         "bytes_on_wire": outcome.bytes_on_wire,
         "packed": outcome.packed,
         "throttles": outcome.throttles,

@@ -122,8 +122,8 @@ class Agent:
         with self._reserved(request.vm):
             machine = self._machine(request.vm)
             generation = machine.generation + 1
-            machine.dismantle()
             del self.machines[request.vm]
+            machine.dismantle()
             if not self.site.datastore.claim(request.vm, generation, self.name, running=False):
                 raise AgentError(f"VM {request.vm} was off, but generation {generation} is not ours")
             machine.emit("vm.powered_off", generation=generation)
@@ -294,7 +294,7 @@ class Agent:
             with self.lock:
                 self.busy.discard(machine.vm.name)
                 del self.receiving[hello.migration]
-            incoming.ended.set()
+                incoming.ended.set()
 
     def _bury(self, machine: Machine, migration: str) -> None:
         """It was ours and cannot go on: it is off, and can be powered on again anywhere."""

@@ -36,9 +36,11 @@ from hosts.protocol import (
 )
 from hosts.ram import PageHashes, mask_of, pages_of, runs_of
 from hosts.stream import PeerAborted, Stream, StreamLost
+from hosts.transport import MAX_STREAMS
 from hosts.urgency import hurry, relax
 from topologies.errors import TestbedError
 
+_SEALED_WITHIN_S = 5.0
 _MAX_WAITS_TOLD = 10_000
 
 
@@ -63,7 +65,11 @@ class IncomingMigration:
         self.arrived = False  # it runs here, with all of its RAM
         self.ended = threading.Event()
         self._faults: Stream | None = None
+        self._joining = threading.Condition()  # of the three below
+        self._lanes: list[Stream] = []
+        self._writers, self._sealed = 0, False
         self._filler: Filler | None = None
+        self._missing: np.ndarray | None = None  # pages that are still to come when the VM is resumed
 
     def admits(self, token: str, encrypted: bool) -> bool:
         return hmac.compare_digest(self.token.encode(), token.encode()) and encrypted == self.encrypt
@@ -77,6 +83,8 @@ class IncomingMigration:
             self._run(stream, hello)
         finally:
             relax()
+            for lane in self._lanes:
+                lane.interrupt()
             if self._filler is not None:
                 self._filler.close()
 
@@ -84,6 +92,7 @@ class IncomingMigration:
         try:
             self.greet(stream, hello)
             state = self.receive(stream)
+            self.seal()
             self.restore(state)
             self.claim(stream)
         except (TestbedError, OSError) as error:
@@ -113,16 +122,39 @@ class IncomingMigration:
             if self._faults is not None:
                 raise RemoteProtocolError("a second connection for faults")
             self._faults = stream
-        stream.send(Welcome(MAJOR, MINOR))
-        if join.purpose == "faults":
+            stream.send(Welcome(MAJOR, MINOR))
             self.ended.wait()  # its messages are the filler's
             return
+        with self._joining:
+            if self._sealed or len(self._lanes) == MAX_STREAMS:
+                raise RemoteProtocolError("one connection too many, or too late")
+            self._lanes.append(stream)
+            self._writers += 1
+        try:
+            stream.unlimited()  # the main connection tells whether the source is there
+            stream.send(Welcome(MAJOR, MINOR))
+            self._receive_lane(stream)
+        finally:
+            with self._joining:
+                self._writers -= 1
+                self._joining.notify_all()
+
+    def _receive_lane(self, stream: Stream) -> None:
         while True:
             header, _ = stream.receive()
             if header.kind is Kind.ROUND_END:
                 stream.mark(Kind.ROUND_ACK, header.round)
             else:
                 self._receive_pages(stream, header)
+
+    def seal(self) -> None:
+        """Nothing more is written to RAM by further connections: from here on it is the guest's."""
+        with self._joining:
+            self._sealed = True
+            for lane in self._lanes:
+                lane.interrupt()
+            if not self._joining.wait_for(lambda: not self._writers, _SEALED_WITHIN_S):
+                raise RemoteProtocolError("a further connection is in the middle of a page when all should have come")
 
     # ------------------------------------------------------------ the phases
 
@@ -173,28 +205,29 @@ class IncomingMigration:
         stale = self._present & missing
         self.machine.guest.ram.punch(runs_of(np.flatnonzero(stale)))
         self._present[stale] = False
+        self.hashes.note_zero(runs_of(np.flatnonzero(stale)))
 
     def expect_missing(self, stream: Stream, missing: np.ndarray) -> None:
         guest = self.machine.guest
         if self._faults is None:
             raise RemoteProtocolError("post-copy without a connection for faults")
-        userfaults = guest.expect_missing()
+        self._missing, userfaults = missing, guest.expect_missing()
         self._filler = Filler(guest.ram, missing, userfaults, self.hashes, stream, self._faults, guest.kill)
         self._emit("bitmap.received", pages=int(missing.sum()))
 
     def restore(self, state: State) -> None:
-        self.digest = ""
-        if self._filler is None:
-            self.digest = self.hashes.digest()
-            if self.digest != state.ram_digest:
-                raise RemoteProtocolError(f"RAM differs: digest {self.digest} here, {state.ram_digest} at the source")
-            self._emit("ram.verified", ram_digest=self.digest)
+        self.digest = self.hashes.digest(without=self._missing)
+        if self.digest != state.ram_digest:
+            raise RemoteProtocolError(f"RAM differs: digest {self.digest} here, {state.ram_digest} at the source")
+        self._emit("ram.verified", ram_digest=self.digest)
         self.machine.guest.restore(state.device)
         self._emit("sockets.restored")
 
     def claim(self, stream: Stream) -> None:
         """The point of no return: from the claim on the VM is ours, and the source will never resume it."""
         machine = self.machine
+        if self._filler is not None:
+            self._filler.check()
         if not machine.site.datastore.claim(machine.vm.name, self.generation, machine.site.host.name):
             stream.session.step("claim lost")
             raise IncomingFailed(f"generation {self.generation} was claimed by another host first")

@@ -61,9 +61,20 @@ class Feed:
         lane.put(lambda stream: self._send(stream, chunk, number))
 
     def flush(self, number: int) -> None:
-        """Until every page sent has arrived; with one connection what follows on it comes behind them anyway."""
+        """The round ends: until every connection's end of it is acknowledged, so that every page has arrived."""
+        if not self._lanes:
+            end_round(self._streams[0], number)
         for lane in self._lanes:
             lane.put(lambda stream: end_round(stream, number))
+        self._join()
+
+    def drain(self, number: int) -> None:
+        """The same without the first connection: what follows on it comes behind its pages anyway."""
+        for lane in self._lanes[1:]:
+            lane.put(lambda stream: end_round(stream, number))
+        self._join()
+
+    def _join(self) -> None:
         for lane in self._lanes:
             lane.join()
 

@@ -187,9 +187,11 @@ class LightGuest(Guest):
             return cls(home, log, connection, None)
         except TimeoutError:
             raise GuestError(f"the guest at {home} does not answer, or another agent has it; see {log}") from None
-        except (EOFError, OSError, msgspec.MsgspecError) as error:
+        except (EOFError, ConnectionError, FileNotFoundError) as error:
             home.unlink(missing_ok=True)
             raise GuestEnded(f"the guest at {home} has ended; see {log}") from error
+        except (OSError, msgspec.MsgspecError) as error:  # it may live: its socket stays
+            raise GuestError(f"the guest at {home} cannot be reached: {error}; see {log}") from error
 
     @property
     def state(self) -> str:

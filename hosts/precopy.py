@@ -12,7 +12,7 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
-from hosts.feed import Feed, end_round
+from hosts.feed import Feed
 from hosts.machine import Machine
 from hosts.policy import (
     Action,
@@ -27,7 +27,6 @@ from hosts.policy import (
 )
 from hosts.protocol import CHUNK_PAGES
 from hosts.ram import NO_RUNS, PAGE, chunks, count, mask_of, runs_from, runs_of
-from hosts.stream import Stream
 from topologies.errors import TestbedError
 
 _TELL_EVERY_S = 0.1
@@ -59,14 +58,13 @@ class Cancelled(TestbedError):
 
 
 class PreCopy:
-    """The rounds of one migration over `stream`, their pages by `feed`; Cancelled once `cancelled` is set."""
+    """The rounds of one migration, their pages by `feed`; Cancelled once `cancelled` is set."""
 
     def __init__(
         self,
         machine: Machine,
         migration: str,
         policy: Policy,
-        stream: Stream,
         feed: Feed,
         report: Callable[[Progress], None],
         cancelled: threading.Event,
@@ -76,7 +74,7 @@ class PreCopy:
         self.rounds: list[Round] = []
         self.throttles: list[float] = []
         self.decision = Decision(Action.CONTINUE)
-        self._stream, self._report, self._cancelled = stream, report, cancelled
+        self._report, self._cancelled = report, cancelled
         self._owed = NO_RUNS  # due in a round that was broken off
         self._taken = 0  # pages that were dirty when they were taken from the bitmap
 
@@ -131,7 +129,6 @@ class PreCopy:
         broken_off = self._sweep(number, due)
         # also of a round that was broken off: what waits in the host would lengthen the downtime
         self.feed.flush(number)
-        end_round(self._stream, number)
         ended = time.monotonic_ns()
         remaining = int(self.still_due(self.bitmap.peek()).sum()) * PAGE
         pages, zero_pages = self.feed.sent - sent, self.feed.zero - zero

@@ -216,8 +216,10 @@ class PageHashes:
         """Runs of the pages of [first, end) whose contents differ."""
         return runs_of(np.flatnonzero(self._hashes[first:end] != other._hashes[first:end]) + first)
 
-    def digest(self) -> str:
-        return xxhash.xxh3_128_hexdigest(self._hashes.tobytes())
+    def digest(self, without: np.ndarray | None = None) -> str:
+        """Of all of RAM, or as if the pages of this mask were zero."""
+        hashes = self._hashes if without is None else np.where(without, np.uint64(self._ZERO), self._hashes)
+        return xxhash.xxh3_128_hexdigest(hashes.tobytes())
 
 
 # ---------------------------------------------------------------- tracking: the guest's side
@@ -390,9 +392,14 @@ class HashBitmap(DirtyBitmap):
         self._sent = sent
 
     def take(self, first: int = 0, end: int | None = None) -> np.ndarray:
-        now, populated = PageHashes(self._ram), self._ram.populated(first, end)
-        now.note(populated, self._ram.views(populated))
-        return now.differing(self._sent, first, end)
+        return self.compare(self._ram, self._sent, first, end)
+
+    @staticmethod
+    def compare(ram: Ram, sent: PageHashes, first: int = 0, end: int | None = None) -> np.ndarray:
+        """Runs of the pages of [first, end) that are not what was sent: all that exist are read."""
+        now, populated = PageHashes(ram), ram.populated(first, end)
+        now.note(populated, ram.views(populated))
+        return now.differing(sent, first, end)
 
     def peek(self) -> np.ndarray:
         return self.take()

@@ -42,7 +42,7 @@ from hosts.protocol import (
     encode_bitmap,
     negotiate,
 )
-from hosts.ram import PageHashes, chunks, count, mask_of, runs_of
+from hosts.ram import HashBitmap, PageHashes, chunks, count, mask_of, runs_of
 from hosts.stream import Stream, StreamLost
 from hosts.transport import Transport
 from hosts.urgency import hurried
@@ -85,6 +85,7 @@ class Outcome(msgspec.Struct, frozen=True):
     destination_digest: str
     generation: int
     zero_pages: int = 0
+    stale_pages: int = 0  # of RAM as it was at the suspend, those that had another content when they were sent last
     throttles: list[float] = []
     packed: bool = False
     postcopy: PostCopy | None = None
@@ -112,6 +113,8 @@ class OutgoingMigration:
         self._connect = connect
         self._generation = machine.generation + 1  # the one that decides who runs the VM from now on
         self._cancelled = threading.Event()
+        self._claiming = threading.Lock()  # of the two below: a cancel claims in a thread of its own
+        self._claimed = self._settled = False
         self._streams: list[Stream] = []  # the first is the main one
         self._precopy: PreCopy | None = None
         self._server: Server | None = None
@@ -124,9 +127,14 @@ class OutgoingMigration:
         self._cancelled.set()
         for stream in self._streams[:1]:
             state = stream.session.state
-            waits, handed_over = state in ("greeting", "round_ended"), state in ("handed_over", "entrusted")
-            if waits or (handed_over and self._claim()):
+            if state in ("greeting", "round_ended") or (state in ("handed_over", "entrusted") and self._claim_first()):
                 stream.interrupt()
+
+    def _claim_first(self) -> bool:
+        """For a cancel: the next generation is ours, and the destination can never have it. Not once all is settled."""
+        with self._claiming:
+            self._claimed = self._claimed or (not self._settled and self._claim())
+            return self._claimed
 
     def run(self, token: str) -> Outcome:
         """MigrationFailed if the VM stays here (it runs again by then), VmLost if nobody can go on with it.
@@ -177,7 +185,7 @@ class OutgoingMigration:
         self.stream.send(Hello(MAJOR, MINOR, self.migration, token, self.ram.size, self.policy.mode))
         welcome = self.stream.expect(Kind.WELCOME)
         negotiate(welcome.major, welcome.minor)
-        lanes = [join("pages") for _ in range(self.transport.streams)] if self.transport.streams > 1 else [self.stream]
+        lanes = [self.stream, *(join("pages") for _ in range(self.transport.streams - 1))]
         if self.transport.bandwidth_limit:
             for lane in lanes:
                 lane.limit(self.transport.bandwidth_limit / len(lanes))
@@ -194,9 +202,7 @@ class OutgoingMigration:
                 end_round(self.stream, 0)
 
     def precopy(self) -> None:
-        self._precopy = PreCopy(
-            self.machine, self.migration, self.policy, self.stream, self.feed, self.report, self._cancelled
-        )
+        self._precopy = PreCopy(self.machine, self.migration, self.policy, self.feed, self.report, self._cancelled)
         decision = self._precopy.run()
         if decision.action is Action.GIVE_UP:
             raise MigrationFailed(self._too_slow())
@@ -211,6 +217,8 @@ class OutgoingMigration:
         self.machine.announcer.silence()
         self.machine.port.shut()
         self._emit("gate.shut")
+        for stream in self._streams:
+            stream.limit(None)  # a limit is for the time while the VM runs here
         self.device = self.machine.guest.suspend()
         self._emit("vm.suspended")
 
@@ -225,7 +233,7 @@ class OutgoingMigration:
             if time.monotonic() - told > _TELL_EVERY_S:
                 told = time.monotonic()
                 self._rounds.tell("switchover", self._next_round, count(left), done)
-        self.feed.flush(self._next_round)
+        self.feed.drain(self._next_round)
         self.residual_pages = done
         self._emit("residual.sent", pages=done)
 
@@ -237,7 +245,7 @@ class OutgoingMigration:
 
     def list_missing(self) -> None:
         self._missing = self._left_at_suspend()
-        self.feed.flush(self._next_round)
+        self.feed.drain(self._next_round)
         self.stream.send_bitmap(encode_bitmap(self._missing), self._next_round)
         self._emit("bitmap.sent", pages=int(self._missing.sum()))
 
@@ -247,13 +255,16 @@ class OutgoingMigration:
             raise MigrationFailed("post-copy needs a connection for faults")
         # the guest's restoring touches pages already
         self._server = Server(self.ram, self._missing, self.hashes, self.stream, self._faults)
-        self.stream.send(State(self.device, ""))
-        self._emit("state.sent", bytes=len(self.device), ram_digest="")
+        digest = self.hashes.digest(without=self._missing)
+        self.stream.send(State(self.device, digest))
+        self._emit("state.sent", bytes=len(self.device), ram_digest=digest)
 
     def serve(self, server: Server, resumed: Resumed) -> Resumed:
         """The VM runs elsewhere, and needs us until its RAM is whole there."""
         pages, began = int(self._missing.sum()), self._emit("postcopy.begin", generation=resumed.generation)
         self._rounds.tell("post-copy", pages=pages)
+        if self.transport.bandwidth_limit:
+            self.stream.limit(self.transport.bandwidth_limit)
         try:
             server.push()
             self.digest = self.hashes.digest()
@@ -271,7 +282,9 @@ class OutgoingMigration:
         return msgspec.structs.replace(resumed, ram_digest=complete.ram_digest)
 
     def conclude(self, resumed: Resumed) -> Outcome:
+        """The VM has left; its RAM is here as it was then, and tells whether the dirty bitmap missed a write."""
         self._emit("migration.handed_over", generation=resumed.generation)
+        stale = count(HashBitmap.compare(self.ram, self.hashes))
         return Outcome(
             rounds=self._rounds.rounds,
             residual_pages=self.residual_pages,
@@ -281,6 +294,7 @@ class OutgoingMigration:
             destination_digest=resumed.ram_digest,
             generation=resumed.generation,
             zero_pages=self.feed.zero,
+            stale_pages=stale,
             throttles=self._rounds.throttles,
             packed=self.feed.packs,
             postcopy=self.postcopy,
@@ -354,6 +368,8 @@ class OutgoingMigration:
     def _settle(self, error: Exception) -> None:
         """After the suspend. Returns if the destination owns the VM; else resumes it here and raises."""
         session, machine = self.stream.session, self.machine
+        with self._claiming:
+            self._settled = True  # from here on no cancel claims
         if session.state in ("done", "serving"):  # it said RESUMED, and something of ours went wrong behind it
             return
         if session.state in ("handed_over", "entrusted"):
@@ -366,33 +382,36 @@ class OutgoingMigration:
                 self._server.close()
                 raise self._lost(error) from error
             session.step("claim")
-            machine.generation = self._generation
+            self._claimed = True
         else:
             self._give_up(error)
+        if self._claimed:
+            machine.generation = self._generation
         if self._server is not None:
             self._server.close()
+        machine.port.open()
         machine.guest.run()
         self._restore_speed()
-        machine.port.open()
         self._emit("vm.resumed_at_source", generation=machine.generation)
         raise MigrationFailed(f"VM {machine.vm.name} runs again on {self._here}: {self._said(error)}") from error
 
     def _claim_back(self) -> bool:
         """Take the next generation ourselves: if that succeeds the destination never can. Suspended until then."""
         datastore, vm = self.machine.site.datastore, self.machine.vm.name
-        deadline = time.monotonic() + _ASK_FOR_S
+        deadline, unanswered = time.monotonic() + _ASK_FOR_S, False
         while True:
             try:
-                if self._claim():
+                if self._claimed or self._claim():
                     return True
-                # a cancel has claimed it, or an earlier try of ours has succeeded without an answer
-                newest = datastore.newest(vm)
+                # a try of ours may have succeeded without an answer
+                newest = datastore.newest(vm) if unanswered else None
                 return newest is not None and (newest.generation, newest.host) == (self._generation, self._here)
             except DatastoreError as error:
+                unanswered = True
                 if time.monotonic() > deadline:
                     self.machine.owner_unknown = True
                     raise MigrationFailed(
-                        f"VM {vm} stays suspended on {self._here}, its owner is unknown: {error}"
+                        f"VM {vm} stays suspended on {self._here}, its owner is unknown: {error}; restart the agent"
                     ) from error
                 time.sleep(_ASK_EVERY_S)
 

@@ -34,6 +34,7 @@ from topologies.errors import TestbedError
 
 # A peer that is silent for so long is taken for gone: a cut cable tells nothing.
 PEER_TIMEOUT_S = 5.0
+_NO_LIMIT = 2**64 - 1
 _SO_MAX_PACING_RATE = 47  # asm-generic/socket.h; bytes/s, kept by TCP itself
 _EXPEDITED = 46 << 2  # DSCP EF (RFC 3246)
 # Messages whose body is read by whoever knows what to do with it
@@ -61,9 +62,10 @@ class Stream:
     def encrypted(self) -> bool:
         return isinstance(self._socket, ssl.SSLSocket)
 
-    def limit(self, bits_per_s: float) -> None:
-        """Send no faster than this from now on."""
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, int(bits_per_s / 8))
+    def limit(self, bits_per_s: float | None) -> None:
+        """Send no faster than this from now on; None for no limit."""
+        rate = _NO_LIMIT if bits_per_s is None else int(bits_per_s / 8)
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("Q", rate))
 
     def urgent(self) -> None:
         """What is sent here overtakes what waits for the cable, if the cable heeds marks: a virtual CPU waits."""

@@ -252,7 +252,7 @@ class VCenter:
         """The same of one agent; None if it does not answer."""
         try:
             status: dict[str, Any] = self._call(host, control.Status())
-        except AgentGone:
+        except ControlError:
             return None
         return status
 

@@ -427,9 +427,15 @@ def test_so_many_connections_carry_pages_as_were_asked_for(testbed: Testbed, str
         task.cancel()
         with pytest.raises(MigrationFailed, match="cancelled"):
             task.wait(PATIENCE_S)
-    assert len(connections) == (1 if streams == 1 else 1 + streams)
+    assert len(connections) == streams
     # what waits in the sockets shows which of them carry pages
     assert sum(waiting > 0 for waiting in connections) >= streams
+
+
+def test_a_round_on_several_connections_may_take_longer_than_the_hosts_are_patient(testbed: Testbed) -> None:
+    with slow_cable(testbed, "50mbit"):  # 48 MB take 8 s, and a silent peer is given up after 5
+        result = start(testbed, by=Transport(streams=3)).wait(60)
+    assert moved(result)
 
 
 def vmotion_connections(testbed: Testbed, host: str) -> list[int]:

@@ -29,8 +29,8 @@ BAD = [
     (["demo", "--downtime-ms", "0"], "'0'", "positive"),
     (["demo", "--downtime-ms", "nan"], "'nan'", "positive"),
     (["demo", "--timeout-s", "-1"], "'-1'", "positive"),
-    (["demo", "--timeout-strategy", "hope"], "'hope'", "'cancel', 'switch', 'throttle', 'postcopy'"),
-    (["demo", "--compress", "zip"], "'zip'", "'none', 'zstd', 'lz4'"),
+    (["demo", "--timeout-strategy", "hope"], "'hope'", "cancel, switch, throttle, postcopy"),
+    (["demo", "--compress", "zip"], "'zip'", "none, zstd, lz4"),
     (["demo", "--bandwidth-limit", "500"], "'500' has no unit", "1Gbit"),
     (["demo", "--streams", "0"], "'0'", "take 1 to 16"),
     (["demo", "--streams", "17"], "'17'", "take 1 to 16"),
@@ -39,7 +39,7 @@ BAD = [
     (["demo", "--encrypt=yes"], "'yes'", "--help"),
     (["demo", "--announce", "shout"], "'shout'", "rarp"),
     (["demo", "--announce-ms", "50,0"], "50,0", "0,50,200,450,800"),
-    (["demo", "--mode", "teleport"], "'teleport'", "'precopy', 'postcopy', 'stop-and-copy', 'hybrid'"),
+    (["demo", "--mode", "teleport"], "'teleport'", "precopy, postcopy, stop-and-copy, hybrid"),
     (["demo", "--plan", "/nonexistent.toml"], "/nonexistent.toml", "No such file"),
     (["run"], "NAME", "--help"),
     (["run", "nosuch"], "'nosuch'", "basic_vmotion"),
@@ -67,7 +67,7 @@ def test_bad_input_is_one_line_and_exit_2(
     assert cli.main() == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("vmotion: ")
-    assert thing in err and remedy in err
+    assert thing in err and remedy in err.replace("'", "")  # Python 3.13 quotes no choices
     assert list(tmp_path.iterdir()) == []
 
 

@@ -47,10 +47,6 @@ def run_round(
         for chunk in chunks(runs, CHUNK_PAGES):
             feed.send(chunk, number)
         feed.flush(number)
-        if len(there) == 1:
-            stream = feed._streams[0]
-            stream.mark(Kind.ROUND_END, number)
-            stream.expect(Kind.ROUND_ACK)
         frames = [header for done in receiving for header in done.result()]
     assert feed.bytes_sent - before == sum(28 + header.length for header in frames) + 28 * len(there)
     return Transfer(feed.sent - sent, feed.zero - zero, frames)

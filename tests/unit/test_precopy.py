@@ -125,7 +125,7 @@ def prepared(policy: Policy, bitmap_of: Callable[[Ram], DirtyBitmap] = WatchedBi
 
         reports: list[Progress] = []
         cancelled = Event()
-        made = PreCopy(cast(Machine, machine), "vm1-0badcafe", policy, source, feed, reports.append, cancelled)
+        made = PreCopy(cast(Machine, machine), "vm1-0badcafe", policy, feed, reports.append, cancelled)
         yield Run(made, ram, copy, feed, machine, reports, cancelled)
 
 

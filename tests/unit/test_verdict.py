@@ -120,6 +120,7 @@ GOOD = Case(
 
 CHECKS = {
     "ram_digests_equal",
+    "no_stale_page",
     "tcp_connection_survived",
     "no_transaction_lost",
     "no_transaction_duplicated",
@@ -138,6 +139,7 @@ DEFECTS: list[tuple[str, str, dict[str, Any]]] = [
     ("ram_digests_equal", "outcome", {"destination_digest": "0" * 32}),
     ("ram_digests_equal", "outcome", {"destination_digest": ""}),
     ("ram_digests_equal", "outcome", {"source_digest": "", "destination_digest": ""}),
+    ("no_stale_page", "outcome", {"stale_pages": 1}),
     ("tcp_connection_survived", "transactions", {"connection_survived": False}),
     ("tcp_connection_survived", "bulk", {"connection_survived": False}),
     ("tcp_connection_survived", "evidence", {"connections_opened": 3}),  # a client that connected again
