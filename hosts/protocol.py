@@ -19,7 +19,7 @@
 
     post-copy's ending: the bitmap first
     listed       -- BITMAP ---------------------->  listed             of the pages that are still to come
-    entrusted    -- STATE devices, TCP ---------->  rebuilding         sockets restored
+    entrusted    -- STATE devices, TCP, digest -->  rebuilding         what has come checked, sockets restored
                                                     owned              (claim)  <== POINT OF NO RETURN
                                                     resumed            (resume)
     serving      <------ RESUMED ----------------   filling
@@ -147,7 +147,7 @@ class Welcome(msgspec.Struct, frozen=True):
 
 
 class State(msgspec.Struct, frozen=True):
-    """Everything but RAM, and the digest that RAM must have by now (hosts/ram.py, PageHashes); none with post-copy."""
+    """Everything but RAM, and the digest that RAM must have, missing pages as zero (hosts/ram.py, PageHashes)."""
 
     device: bytes
     ram_digest: str

@@ -435,7 +435,7 @@ def test_so_many_connections_carry_pages_as_were_asked_for(testbed: Testbed, str
 def test_a_round_on_several_connections_may_take_longer_than_the_hosts_are_patient(testbed: Testbed) -> None:
     with slow_cable(testbed, "50mbit"):  # 48 MB take 8 s, and a silent peer is given up after 5
         result = start(testbed, by=Transport(streams=3)).wait(60)
-    assert moved(result)
+    assert result.outcome.source_digest == result.outcome.destination_digest != ""
 
 
 def vmotion_connections(testbed: Testbed, host: str) -> list[int]:
