@@ -36,7 +36,6 @@ def run(run: Run) -> Findings:
     """Power on, observe, migrate, observe, judge."""
     plan, options = run.plan, run.options
     vm, client = plan.vms[0], plan.clients[0]
-    destination = next(host.name for host in plan.hosts if host.name != vm.host)
     report.say(f"{vm.name} on {vm.host}: starting the testbed")
     with Testbed(run) as testbed:
         with testbed.capture() as capture:
@@ -45,6 +44,7 @@ def run(run: Run) -> Findings:
                 testbed.popen(client.name), str(vm.interface.ip), run.folder / "probes", options.seed
             ) as probes:
                 time.sleep(BEFORE_S)
+                destination = testbed.vcenter.elsewhere(vm.name)
                 report.say(f"{vm.name} migrates from {vm.host} to {destination} while {client.name} uses it")
                 with report.rounds() as show:
                     result = testbed.vcenter.migrate(vm.name, destination, options.policy, show, options.transport)

@@ -221,7 +221,7 @@ def script(name: str, experiment: Experiment, about: str | None) -> NoReturn:
     """An experiment called as a program of its own; `about`, its docstring, is its --help."""
     parser = _Parser(prog=name, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     _options_of_experiment(name, parser)
-    module = sys.modules["__main__"]
+    module = sys.modules[experiment.__module__]
     sys.exit(_guarded(lambda: _conducted(name, module, parser.parse_args(), sys.argv)))
 
 

@@ -24,13 +24,13 @@ from typing import Any
 
 from experiments import report
 from experiments.cli import script
-from experiments.injuries import guest_pids
 from experiments.probes import Probes
 from experiments.run import Run
-from experiments.testbed import Testbed
+from experiments.testbed import Testbed, guest_pids
 from experiments.timeline import timeline
 from experiments.verdict import Findings
 from experiments.world import run as run_program
+from hosts.agent import memory_bytes
 from topologies.errors import UsageError
 from topologies.events import read_events
 
@@ -66,7 +66,6 @@ def run(run: Run) -> Findings:
     plan, vm = run.plan, run.plan.vms[0]
     if run.options.migrations <= _WARM_UP:
         raise UsageError(f"--migrations {run.options.migrations}: the first {_WARM_UP} warm up; take more")
-    hosts = [host.name for host in plan.hosts]
     downtimes, equal = [], True
     with Testbed(run) as testbed:
         testbed.vcenter.power_on(vm.name)
@@ -80,11 +79,10 @@ def run(run: Run) -> Findings:
         with probes:
             before = None
             for number in range(1, run.options.migrations + 1):
-                here = testbed.vcenter.places[vm.name]
-                there = next(host for host in hosts if host != here)
+                there = testbed.vcenter.elsewhere(vm.name)
                 result = testbed.vcenter.migrate(vm.name, there, run.options.policy, transport=run.options.transport)
                 outcome = result.outcome
-                equal = equal and outcome.source_digest == outcome.destination_digest != "" and not outcome.stale_pages
+                equal = equal and outcome.digests_equal and not outcome.stale_pages
                 downtimes.append(timeline(read_events(run.events_file), result.migration, vm.mac).downtime_ms)
                 if number == _WARM_UP:
                     before = holdings(testbed, vm.name)
@@ -148,7 +146,7 @@ def holdings(testbed: Testbed, vm: str) -> Holdings:
     sockets = run_program(*inside, "ss", "-tmnH", "state", "established")
     limits = run_program(*inside, "sysctl", "-n", "net.ipv4.tcp_wmem", "net.ipv4.tcp_rmem").split()
     return Holdings(
-        memory_bytes={name: _memory_bytes(pid) for name, pid in pids.items()},
+        memory_bytes={name: memory_bytes(pid) for name, pid in pids.items()},
         descriptors={name: len(list(Path(f"/proc/{pid}/fd").iterdir())) for name, pid in pids.items()},
         threads={name: len(list(Path(f"/proc/{pid}/task").iterdir())) for name, pid in pids.items()},
         processes=len(guest_pids()),
@@ -158,12 +156,6 @@ def holdings(testbed: Testbed, vm: str) -> Holdings:
         send_limit=int(limits[2]),
         receive_limit=int(limits[5]),
     )
-
-
-def _memory_bytes(pid: int) -> int:
-    """Beside shared memory, which is the guests' RAM (proc_pid_status(5))."""
-    values = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return sum(int(values[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile"))
 
 
 def _resets(testbed: Testbed, client: str) -> int:

@@ -17,6 +17,7 @@ freeze-peer                              SIGSTOP to the other side's agent, unti
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 INJURIES = (
     "kill-source-agent",
@@ -66,7 +67,7 @@ class Case:
 
     injury: str
     at: str
-    mode: str
+    mode: Literal["precopy", "postcopy"]
     ends: frozenset[End]
 
     @property
@@ -88,7 +89,8 @@ def _ends(letters: str) -> frozenset[End]:
 def _tabled() -> list[Case]:
     cases = []
     for line in _TABLE.strip().splitlines():
-        mode, state, *ends = line.split()
+        name, state, *ends = line.split()
+        mode: Literal["precopy", "postcopy"] = "postcopy" if name == "postcopy" else "precopy"
         cases += [Case(injury, state, mode, _ends(end)) for injury, end in zip(INJURIES, ends, strict=True)]
     return cases
 

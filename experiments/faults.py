@@ -37,7 +37,7 @@ from experiments.fault_cases import Case, End, all_cases, short_cases
 from experiments.injuries import Heal, Scene
 from experiments.run import Run
 from experiments.streams import TransactionsResult
-from experiments.testbed import Testbed
+from experiments.testbed import Testbed, guest_pids
 from experiments.verdict import Findings
 from hosts.policy import Policy
 from hosts.ram import PAGE
@@ -124,9 +124,7 @@ def play(testbed: Testbed, vm: str, case: Case) -> Verdict:
     """A migration, an injury, its healing; then the checks. The VM runs on one of the hosts again afterwards."""
     began = time.monotonic()
     vcenter = testbed.vcenter
-    source = vcenter.places[vm]
-    target = next(host.name for host in testbed.run.plan.hosts if host.name != source)
-    scene = Scene(testbed, vm, source, target)
+    scene = Scene(testbed, vm, vcenter.places[vm], vcenter.elsewhere(vm))
     with Clerk(testbed, vm, case.name) as clerk:
         task = _migrate_with(scene, case)
         _until(lambda: not _migrations(testbed), "no agent is at a migration", _OVER_WITHIN_S)
@@ -137,9 +135,8 @@ def play(testbed: Testbed, vm: str, case: Case) -> Verdict:
     if end is End.COLD:
         vcenter.power_on(vm)
     checks["full_speed"] = _full_speed(scene)
-    here = vcenter.places[vm]
-    retry = vcenter.migrate(vm, next(host.name for host in testbed.run.plan.hosts if host.name != here)).outcome
-    checks["retry"] = retry.source_digest == retry.destination_digest != "" and retry.stale_pages == 0
+    retry = vcenter.migrate(vm, vcenter.elsewhere(vm)).outcome
+    checks["retry"] = retry.digests_equal and retry.stale_pages == 0
     expected = "".join(sorted(one.value for one in case.ends))
     return Verdict(case.name, expected, end.name.lower(), checks, _said(task), time.monotonic() - began)
 
@@ -147,19 +144,18 @@ def play(testbed: Testbed, vm: str, case: Case) -> Verdict:
 def _migrate_with(scene: Scene, case: Case) -> Task[Any]:
     """The migration, broken and healed; returns when it has ended, however that was."""
     vcenter, at = scene.testbed.vcenter, case.at
-    policy = Policy(mode="postcopy" if case.mode == "postcopy" else "precopy")
     heals: list[Heal] = []
     try:
         if not at:
             heals.append(_injure(scene, case))
-            task = vcenter.start_migration(scene.vm, scene.target, policy)
+            _start(scene, case)
         else:
             host = scene.source if at.startswith("source:") else scene.target
             heals += _stop_at(scene, case, host)
-            task = vcenter.tasks[scene.vm]
             heals.insert(0 if case.injury == "datastore-away-for-a-while" else len(heals), _injure(scene, case))
             if case.injury != f"kill-{'source' if host == scene.source else 'target'}-agent":
                 vcenter.go_on(host)
+        task = vcenter.tasks[scene.vm]
         _let_it_work(task, case)
     finally:
         for heal in heals:
@@ -172,15 +168,14 @@ def _migrate_with(scene: Scene, case: Case) -> Task[Any]:
 def _stop_at(scene: Scene, case: Case, host: str) -> list[Heal]:
     """A migration that has stopped at the case's state."""
     vcenter, reached = scene.testbed.vcenter, len(_events(scene, "breakpoint.reached"))
-    policy = Policy(mode="postcopy" if case.mode == "postcopy" else "precopy")
     vcenter.breakpoint(host, case.at)
     if not case.unsure:
-        vcenter.start_migration(scene.vm, scene.target, policy)
+        _start(scene, case)
         _until(lambda: len(_events(scene, "breakpoint.reached")) > reached, f"{case.name} has come to {case.at}")
         return []
     # a source becomes unsure if its destination, about to claim, says nothing
     vcenter.breakpoint(scene.target, "destination:restoring" if case.mode == "precopy" else "destination:rebuilding")
-    vcenter.start_migration(scene.vm, scene.target, policy)
+    _start(scene, case)
     _until(lambda: len(_events(scene, "breakpoint.reached")) > reached, f"{case.name}: the destination is restoring")
     thaw = injuries.freeze_agent(scene, scene.target)
     _until(lambda: len(_events(scene, "breakpoint.reached")) > reached + 1, f"{case.name} has come to {case.at}")
@@ -188,9 +183,13 @@ def _stop_at(scene: Scene, case: Case, host: str) -> list[Heal]:
     def go_on() -> None:
         thaw()
         vcenter.go_on(scene.target)
-        _until(lambda: not (vcenter.status_of(scene.target) or {})["migrations"], "the destination has ended")
+        _until(lambda: not _migrations(scene.testbed, scene.target), "the destination has ended")
 
     return [go_on]
+
+
+def _start(scene: Scene, case: Case) -> None:
+    scene.testbed.vcenter.start_migration(scene.vm, scene.target, Policy(mode=case.mode))
 
 
 def _let_it_work(task: Task[Any], case: Case) -> None:
@@ -282,7 +281,7 @@ def _one_vm(scene: Scene, end: End) -> bool:
     """By the agents' words and by the processes themselves."""
     vms = {host: status["vms"].get(scene.vm) for host, status in scene.testbed.vcenter.status().items()}
     running = [vm["pid"] for vm in vms.values() if vm and vm["state"] == "running"]
-    return len(running) == (end is not End.COLD) and injuries.guest_pids() == set(running)
+    return len(running) == (end is not End.COLD) and guest_pids() == set(running)
 
 
 def _nothing_stray(scene: Scene, end: End) -> bool:
@@ -304,8 +303,9 @@ def _full_speed(scene: Scene) -> bool:
     return after - before >= due * _AT_LEAST_SPEED
 
 
-def _migrations(testbed: Testbed) -> list[str]:
-    said = [testbed.vcenter.status_of(host.name) for host in testbed.run.plan.hosts]
+def _migrations(testbed: Testbed, *hosts: str) -> list[str]:
+    """Under way at these hosts, or at any, as far as their agents answer."""
+    said = [testbed.vcenter.status_of(host) for host in hosts or [host.name for host in testbed.run.plan.hosts]]
     return [migration for status in said if status for migration in status["migrations"]]
 
 

@@ -9,10 +9,9 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from experiments.children import READY, wait_until_up
-from experiments.testbed import Testbed
+from experiments.testbed import Testbed, guest_pids
 from experiments.world import run as run_program
 from topologies.errors import TestbedError
 
@@ -75,7 +74,11 @@ def take_memory(scene: Scene, host: str) -> Heal:
     pid = scene.testbed.children[f"agent-{host}"].process.pid
     before = resource.prlimit(pid, resource.RLIMIT_AS)
     resource.prlimit(pid, resource.RLIMIT_AS, (_LITTLE_MEMORY_BYTES, before[1]))
-    return lambda: resource.prlimit(pid, resource.RLIMIT_AS, before) and None
+
+    def heal() -> None:
+        resource.prlimit(pid, resource.RLIMIT_AS, before)
+
+    return heal
 
 
 def corrupt(scene: Scene) -> Heal:
@@ -141,20 +144,6 @@ def has_port(scene: Scene, host: str) -> bool:
     device = f"{scene.vm}.eth0"
     words = ("mnexec", "-a", str(scene.testbed.net[host].pid), "ip", "-o", "link", "show")
     return any(device in line.split()[1] for line in run_program(*words).splitlines())
-
-
-def guest_pids() -> set[int]:
-    """Every guest process of this world."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
-                continue
-            if b"hosts.light_guest" in words and words[0].endswith(b"python"):
-                found.add(int(entry.name))
-    return found
 
 
 def guest_of(scene: Scene, host: str) -> int:

@@ -26,7 +26,7 @@ from hosts.source import Outcome
 from hosts.transport import Transport
 from topologies.errors import TestbedError
 from topologies.events import read_events
-from topologies.plan import DEFAULT_PLAN, VM, Plan, read_plan
+from topologies.plan import DEFAULT_PLAN, VM, Plan, read_plan, validate
 from topologies.units import format_bitrate, format_size, parse_bitrate, parse_percent, parse_rate, parse_size
 
 _IPERF_S = 2
@@ -63,11 +63,8 @@ class Laboratory:
 
     def move(self, policy: Policy | None = None, transport: Transport | None = None) -> Move:
         vcenter = self.testbed.vcenter
-        result = vcenter.migrate(self.vm.name, self.elsewhere(self.vm.name), policy, transport=transport)
+        result = vcenter.migrate(self.vm.name, vcenter.elsewhere(self.vm.name), policy, transport=transport)
         return Move(result.outcome, self.timeline(result.migration, self.vm))
-
-    def elsewhere(self, vm: str) -> str:
-        return next(host.name for host in self.plan.hosts if host.name != self.testbed.vcenter.places[vm])
 
     def timeline(self, migration: str, vm: VM) -> Timeline:
         return timeline(read_events(self.testbed.run.events_file), migration, vm.mac)
@@ -122,7 +119,7 @@ def _plan(vms: int, settings: dict[str, str]) -> Plan:
     changes = {name: parse(settings[name]) for name, parse in _PARSERS.items() if name in settings}
     first = dataclasses.replace(plan.vms[0], **changes)
     link = parse_bitrate(settings["link"]) if "link" in settings else plan.link
-    return dataclasses.replace(plan, link=link, vms=(first, *(_another(first, n) for n in range(2, vms + 1))))
+    return validate(dataclasses.replace(plan, link=link, vms=(first, *(_another(first, n) for n in range(2, vms + 1)))))
 
 
 def _another(vm: VM, number: int) -> VM:

@@ -212,3 +212,17 @@ class Testbed:
             if time.monotonic() > deadline:
                 raise TestbedError(f"{name} is not up within {_UP_WITHIN_S:g} s; see {self.run.logs}/{name}.log")
             time.sleep(0.01)
+
+
+def guest_pids() -> set[int]:
+    """Every guest process of this world."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
+                continue
+            if b"hosts.light_guest" in words and words[0].endswith(b"python"):
+                found.add(int(entry.name))
+    return found

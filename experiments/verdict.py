@@ -36,7 +36,7 @@ def judge(
     """One migration with all probes running: its checks and the sections of its summary."""
     outcome, transactions, bulk = result.outcome, probes.transactions, probes.bulk
     checks = {
-        "ram_digests_equal": outcome.source_digest == outcome.destination_digest != "",
+        "ram_digests_equal": outcome.digests_equal,
         "no_stale_page": outcome.stale_pages == 0,
         "tcp_connection_survived": transactions.connection_survived
         and bulk.connection_survived

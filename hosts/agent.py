@@ -39,7 +39,6 @@ from topologies.plan import Plan, read_plan
 # A silent source is noticed after PEER_TIMEOUT_S, and taking a VM apart takes a fraction of a second.
 _DISCARDED_WITHIN_S = 2 * PEER_TIMEOUT_S
 
-
 # A round makes objects by the thousand and no cycles: the collector need not look so often (the default is 700, 10,
 # 10). Netlink's messages are cycles, some hundred objects in each migration.
 _COLLECT = (10_000, 10, 10)
@@ -208,7 +207,7 @@ class Agent:
             coming = {name: {"role": "destination", "progress": None} for name in (*self.arriving, *self.receiving)}
             leaving = {name: {"role": "source", "progress": self.progress.get(name)} for name in list(self.leaving)}
         vms = {name: _described(machine) for name, machine in dict(self.machines).items()}
-        return {"host": self.name, "vms": vms, "migrations": coming | leaving, "memory_bytes": own_memory_bytes()}
+        return {"host": self.name, "vms": vms, "migrations": coming | leaving, "memory_bytes": memory_bytes()}
 
     # ------------------------------------------------------------ what another agent has left
 
@@ -348,9 +347,9 @@ def _described(machine: Machine) -> dict[str, Any]:
     return {"generation": machine.generation, "state": guest.state, "pid": guest.pid, "work": guest.work}
 
 
-def own_memory_bytes() -> int:
-    """This process's memory without shared memory, which is the guests' RAM (proc_pid_status(5))."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def memory_bytes(pid: int | str = "self") -> int:
+    """A process's memory without shared memory, which is the guests' RAM (proc_pid_status(5))."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     values = dict(line.split(":", 1) for line in lines)
     return sum(int(values[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile"))
 

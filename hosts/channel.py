@@ -8,7 +8,7 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -23,22 +23,22 @@ class Message(msgspec.Struct, tag=True, frozen=True):
     """Base of all of them: tagged with its class name."""
 
 
-class Hello(Message, frozen=True):
-    """Guest: the first word on a connection; with it come its RAM and its pidfd (SCM_RIGHTS).
+# new -> running <-> suspended; new -> awaiting -> restored -> running. The new and the awaiting need their agent.
+GuestState = Literal["new", "awaiting", "restored", "running", "suspended"]
 
-    It has mapped RAM at `address` of its own memory, written pages are found by `tracking`; `memo` as in Begin.
+
+class Hello(Message, frozen=True):
+    """Guest: the first word on a connection; with it come its RAM, its pidfd and its userfaultfd, if it has one.
+
+    It has mapped RAM at `address` of its own memory, written pages are found by `tracking`; `memo` as in Boot.
     """
 
     pid: int
-    state: str  # of STATES
+    state: GuestState
     address: int
     tracking: str
     vm: VM | None = None  # from "running" or "awaiting" on
     memo: bytes = b""
-
-
-# new -> running <-> suspended; new -> awaiting -> restored -> running. The first two cannot do without their agent.
-STATES = ("new", "awaiting", "restored", "running", "suspended")
 
 
 class Boot(Message, frozen=True):

@@ -54,7 +54,7 @@ class PowerOff(Request, frozen=True):
 
 
 class Prepare(Request, frozen=True):
-    """Make ready for a VM to come. Replies {"token", "ip", "port"}: where its source has to connect."""
+    """Make ready for a VM to come, in TLS only if `encrypt`. Replies {"token", "ip", "port"}: where to connect."""
 
     vm: VM
     migration: str

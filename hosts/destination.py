@@ -40,6 +40,7 @@ from hosts.transport import MAX_STREAMS
 from hosts.urgency import hurry, relax
 from topologies.errors import TestbedError
 
+# A further connection whose round has ended is between two messages: it hears at once
 _SEALED_WITHIN_S = 5.0
 _MAX_WAITS_TOLD = 10_000
 
@@ -64,8 +65,8 @@ class IncomingMigration:
         self._present = mask_of(ram.populated(), ram.pages)  # pages that exist here; the guest has looked at some
         self.arrived = False  # it runs here, with all of its RAM
         self.ended = threading.Event()
+        self._joining = threading.Condition()  # of the four below
         self._faults: Stream | None = None
-        self._joining = threading.Condition()  # of the three below
         self._lanes: list[Stream] = []
         self._writers, self._sealed = 0, False
         self._filler: Filler | None = None
@@ -119,12 +120,19 @@ class IncomingMigration:
         """One more connection of this migration, in a thread of its own; returns when it has ended."""
         negotiate(join.major, join.minor)
         if join.purpose == "faults":
+            self._join_for_faults(stream)
+        else:
+            self._join_for_pages(stream)
+
+    def _join_for_faults(self, stream: Stream) -> None:
+        with self._joining:
             if self._faults is not None:
                 raise RemoteProtocolError("a second connection for faults")
             self._faults = stream
-            stream.send(Welcome(MAJOR, MINOR))
-            self.ended.wait()  # its messages are the filler's
-            return
+        stream.send(Welcome(MAJOR, MINOR))
+        self.ended.wait()  # its messages are the filler's
+
+    def _join_for_pages(self, stream: Stream) -> None:
         with self._joining:
             if self._sealed or len(self._lanes) == MAX_STREAMS:
                 raise RemoteProtocolError("one connection too many, or too late")
@@ -181,7 +189,7 @@ class IncomingMigration:
                     if header.round == 0:
                         self.reserve(pages)
                     else:
-                        self.make_room(pages)
+                        self.discard(pages)
                     if stream.session.state == "listed":
                         self.expect_missing(stream, pages)
                 case Kind.SUSPENDING if self._hurries:
@@ -200,12 +208,13 @@ class IncomingMigration:
         self.machine.guest.ram.populate(runs_of(np.flatnonzero(coming)))
         self._present |= coming
 
-    def make_room(self, missing: np.ndarray) -> None:
+    def discard(self, missing: np.ndarray) -> None:
         """What has come in a round and is out of date must not exist, so that the guest waits for it."""
         stale = self._present & missing
-        self.machine.guest.ram.punch(runs_of(np.flatnonzero(stale)))
+        runs = runs_of(np.flatnonzero(stale))
+        self.machine.guest.ram.punch(runs)
+        self.hashes.note_zero(runs)
         self._present[stale] = False
-        self.hashes.note_zero(runs_of(np.flatnonzero(stale)))
 
     def expect_missing(self, stream: Stream, missing: np.ndarray) -> None:
         guest = self.machine.guest

@@ -25,6 +25,7 @@ from typing import TypeVar
 import msgspec
 
 from hosts import channel
+from hosts.guest_memory import WORK_WORD
 from hosts.ram import DirtyBitmap, Ram, open_bitmap
 from hosts.urgency import hurry, relax
 from hosts.userfaults import UserFaults
@@ -37,8 +38,6 @@ _BOOT_TIMEOUT_S = 120
 
 # Of the name of a guest's socket while pages are still to come to it (post-copy)
 _INCOMPLETE = ".incomplete"
-
-WORK_WORD = 1  # of page 0: where the light guest counts the pages that it has written (hosts/light_guest.py)
 
 _ROOT = Path(__file__).parent.parent  # what the program is imported from
 _Reply = TypeVar("_Reply", bound=channel.Message)
@@ -66,7 +65,7 @@ class Guest(ABC):
     @property
     @abstractmethod
     def state(self) -> str:
-        """One of channel.STATES, or "dead"."""
+        """A channel.GuestState, or "dead"."""
 
     @property
     @abstractmethod
@@ -199,7 +198,7 @@ class LightGuest(Guest):
 
     @property
     def work(self) -> int:
-        return int(self.ram.words[0, WORK_WORD])
+        return int(self.ram.words[0, WORK_WORD]) if self._channel.fileno() >= 0 else 0  # (its RAM is given back)
 
     def power_on(self) -> None:
         self._order(channel.Boot(self.vm, self.memo), "running", _BOOT_TIMEOUT_S)

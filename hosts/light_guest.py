@@ -16,8 +16,7 @@ other host, which is another one, continues where this one stopped. Its workload
     memory dirtier       writes pages of a working set at a rate
     ping                 answered by the namespace's kernel
 
-RAM, in pages:  0 header | ledger | working set | the rest;  from the working set on filled with random data, of which
-a part may repeat itself.
+What lies where in RAM: hosts/guest_memory.py.
 """
 
 import array
@@ -37,7 +36,8 @@ import msgspec
 import numpy as np
 
 from hosts import bulk, channel, ledger, neighbours, sockets
-from hosts.ram import PAGE, Ram, arm
+from hosts.guest_memory import ECHOED_WORD, Memory
+from hosts.ram import Ram, arm
 from hosts.urgency import relax
 from topologies.errors import TestbedError
 from topologies.plan import VM
@@ -50,10 +50,6 @@ _PIECE = 1 << 16  # bytes that are read, or answered, at a time
 # Until the switch has relearned, acknowledgements go to the old host. A restored connection has no idea of its
 # round-trip time and would wait three seconds for them: it asks, after these times, as long as one is due.
 _PROBE_AFTER_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
-# An access that takes longer has waited for its page: a page that is here takes less than 5 us, from far at least 60
-_WAIT_US = 30
-_MAGIC = 0x564D_4F54_4947_5354
-_FILL_CHUNK = 16 * 2**20
 
 
 class Connection(msgspec.Struct):
@@ -82,35 +78,6 @@ class DeviceState(msgspec.Struct, frozen=True):
     dropped_connections: int  # not carried (hosts/sockets.py): closed meanwhile, or in TIME_WAIT
 
 
-class Memory:
-    """Where everything lies in RAM (see the module)."""
-
-    def __init__(self, ram: Ram, vm: VM) -> None:
-        ledger_pages = min(ram.pages // 16, 8192)  # a sixteenth of RAM, 32 MiB at most: a million transfers
-        self.header = ram.words[0]  # [0] magic, [1] pages the dirtier has written, [2] datagrams echoed
-        self.ledger = ledger.Ledger(ram.buffer[PAGE : (1 + ledger_pages) * PAGE])
-        first = 1 + ledger_pages
-        self.working_set = ram.words[first : first + vm.working_set // PAGE]
-        self._rest = ram.bytes[first * PAGE :]
-        self._fill_bytes = min(int(vm.fill * ram.size) // 8 * 8, self._rest.size)
-        self._repeated_words = round(vm.compressible * PAGE / 8)
-
-    def format(self) -> None:
-        """A power-on: random data as far as `fill` says, as compressible as the plan says (by default not at all)."""
-        random = np.random.Generator(np.random.SFC64(len(self._rest)))
-        for at in range(0, self._fill_bytes, _FILL_CHUNK):
-            piece = self._rest[at : min(at + _FILL_CHUNK, self._fill_bytes)]
-            piece[:] = np.frombuffer(random.bytes(piece.size), np.uint8)
-            pages = piece[: piece.size // PAGE * PAGE].view(np.uint64).reshape(-1, PAGE // 8)
-            pages[:, : self._repeated_words] = pages[:, :1]
-        self.header[:3] = (_MAGIC, 0, 0)
-        self.ledger.format()
-
-    def check(self) -> None:
-        if int(self.header[0]) != _MAGIC:
-            raise TestbedError("the RAM that arrived is not a guest's")
-
-
 class LightGuest:
     """The program: one loop, one thread. `running` is the virtual CPU's state."""
 
@@ -118,7 +85,7 @@ class LightGuest:
         self.ram = ram
         self.tracking, self.userfaults = arm(ram)
         self.pidfd = os.pidfd_open(os.getpid())
-        self.state = "new"  # as an agent's successor is told
+        self.state: channel.GuestState = "new"  # as an agent's successor is told
         self.running = False
         self.vm: VM
         self.memo = b""
@@ -352,7 +319,7 @@ class LightGuest:
             self._echo(data, sender)
 
     def _echo(self, data: bytes, sender: tuple[str, int]) -> None:
-        self.memory.header[2] += np.uint64(1)
+        self.memory.header[ECHOED_WORD] += np.uint64(1)
         echo = self.echoes[socket.AF_INET6 if ":" in sender[0] else socket.AF_INET]
         with contextlib.suppress(OSError):  # a full queue, a sender that cannot be answered: UDP may lose
             echo.sendto(data, sender)
@@ -428,7 +395,11 @@ class LightGuest:
         # after a pause (a suspend, a busy machine) the work missed is not made up for
         elapsed = min(now - self._last_tick, 5 * _TICK_S)
         self._last_tick = now
-        self._dirty(elapsed)
+        writes = self.memory.due(elapsed)
+        if self._missing:
+            self._waits_us.extend(self.memory.write_one_by_one(writes))
+        else:
+            self.memory.write(writes)
         while self._probes and self._probes[0][0] <= now:
             for sock in self._probes.pop(0)[1]:
                 if sock in self.connections:
@@ -447,36 +418,6 @@ class LightGuest:
                     self._catch_up(sock, connection)
             except (OSError, ledger.LedgerError) as error:
                 self._lost(sock, error)
-
-    def _dirty(self, elapsed: float) -> None:
-        """Write one word in each of the next pages; a counter's hash (splitmix64) chooses them: the only state."""
-        header, pages = self.memory.header, len(self.memory.working_set)
-        due = self.vm.dirty_rate * elapsed / PAGE + float(header[3].view(np.float64))
-        count = int(due)
-        header[3] = np.float64(due - count).view(np.uint64)
-        if not count:
-            return
-        counters = np.arange(count, dtype=np.uint64) + header[1]
-        mixed = (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-        places = mixed % np.uint64(pages), (mixed >> np.uint64(48)) % np.uint64(PAGE // 8)
-        if self._missing:
-            self._write_slowly(*places, counters)
-        else:
-            self.memory.working_set[places] = counters
-        header[1] += np.uint64(count)
-
-    def _write_slowly(self, pages: np.ndarray, words: np.ndarray, counters: np.ndarray) -> None:
-        """One page after the other, each timed: one that is not here yet stops this virtual CPU until it has come."""
-        working_set = self.memory.working_set
-        for page, word, counter in zip(pages.tolist(), words.tolist(), counters, strict=True):
-            began = time.perf_counter()
-            working_set[page, word] = counter
-            took_us = (time.perf_counter() - began) * 1e6
-            if took_us > _WAIT_US:
-                self._waits_us.append(took_us)
 
 
 def _drain(echo: socket.socket) -> list[tuple[bytes, tuple[str, int]]]:

@@ -39,8 +39,8 @@ from topologies.errors import TestbedError
 
 # Pushed at once. Fewer mean more turns of the interpreter between the two threads, and slower faults: 360 us with 16
 _PUSH_PAGES = 64
+# In the host's queue: a millisecond of a 1 Gbit/s cable, twice that as the kernel counts (socket(7))
 _PUSH_QUEUE_BYTES = 128 * 1024
-
 
 _UNDUE = "the source sent a page twice, or one that it had not listed"
 _CHANGED = "a page was changed on its way"

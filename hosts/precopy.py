@@ -39,7 +39,7 @@ _STRETCH_BYTES, _MAX_STRETCHES = 4 << 20, 64
 class Progress(msgspec.Struct, frozen=True):
     """Where a migration is: `done_pages` of `pages` of round `number` are sent; at its end its figures."""
 
-    phase: str  # "greet", "round", "switchover", "post-copy"
+    phase: str  # "round", "switchover", "post-copy"
     number: int = 0
     pages: int = 0
     done_pages: int = 0
@@ -91,7 +91,7 @@ class PreCopy:
         due = int(self._existed.sum())
         while self.decision.action in (Action.CONTINUE, Action.THROTTLE):
             self._round(due)
-            self._check_cancelled()
+            self.check_cancelled()
             due = self.rounds[-1].remaining_bytes // PAGE
         return self.decision
 
@@ -172,7 +172,7 @@ class PreCopy:
         self._owed = np.concatenate(rest)
 
     def _between_chunks(self, watch: "_Watch", number: int, due: int, done: int) -> Decision | None:
-        self._check_cancelled()
+        self.check_cancelled()
         if time.monotonic() - self._told >= _TELL_EVERY_S:
             self._told = time.monotonic()
             self.tell("round", number, due, done)
@@ -187,7 +187,8 @@ class PreCopy:
                 return None
         return decision
 
-    def _check_cancelled(self) -> None:
+    def check_cancelled(self) -> None:
+        """Cancelled if somebody wants it; up to the hand-over."""
         if self._cancelled.is_set():
             raise Cancelled
 

@@ -27,7 +27,7 @@ from hosts.feed import Feed, end_round
 from hosts.machine import Machine
 from hosts.policy import Action, Policy, Round
 from hosts.postcopy import Server
-from hosts.precopy import Cancelled, PreCopy, Progress
+from hosts.precopy import PreCopy, Progress
 from hosts.protocol import (
     CHUNK_PAGES,
     MAJOR,
@@ -42,7 +42,7 @@ from hosts.protocol import (
     encode_bitmap,
     negotiate,
 )
-from hosts.ram import HashBitmap, PageHashes, chunks, count, mask_of, runs_of
+from hosts.ram import PageHashes, chunks, count, mask_of, runs_of
 from hosts.stream import Stream, StreamLost
 from hosts.transport import Transport
 from hosts.urgency import hurried
@@ -89,6 +89,11 @@ class Outcome(msgspec.Struct, frozen=True):
     throttles: list[float] = []
     packed: bool = False
     postcopy: PostCopy | None = None
+
+    @property
+    def digests_equal(self) -> bool:
+        """Both hosts have hashed what has crossed, and to the same end."""
+        return self.source_digest == self.destination_digest != ""
 
 
 class OutgoingMigration:
@@ -207,7 +212,7 @@ class OutgoingMigration:
         if decision.action is Action.GIVE_UP:
             raise MigrationFailed(self._too_slow())
         if self._by_postcopy and self._rounds.rounds:
-            # the destination makes room for what has to come again, while the guest still runs
+            # the destination discards what has to come again, while the guest still runs
             self.stream.send_bitmap(encode_bitmap(self._rounds.still_due(self.bitmap.peek())), self._next_round)
             end_round(self.stream, self._next_round)
 
@@ -227,7 +232,7 @@ class OutgoingMigration:
         left = runs_of(np.flatnonzero(self._left_at_suspend()))
         done, told = 0, time.monotonic()
         for chunk in chunks(left, CHUNK_PAGES):
-            self._check_cancelled()
+            self._rounds.check_cancelled()
             self.feed.send(chunk, self._next_round)
             done += count(chunk)
             if time.monotonic() - told > _TELL_EVERY_S:
@@ -238,7 +243,7 @@ class OutgoingMigration:
         self._emit("residual.sent", pages=done)
 
     def hand_over(self) -> None:
-        self._check_cancelled()
+        self._rounds.check_cancelled()
         self.digest = self.hashes.digest()
         self.stream.send(State(self.device, self.digest))
         self._emit("state.sent", bytes=len(self.device), ram_digest=self.digest)
@@ -250,7 +255,7 @@ class OutgoingMigration:
         self._emit("bitmap.sent", pages=int(self._missing.sum()))
 
     def entrust(self) -> None:
-        self._check_cancelled()
+        self._rounds.check_cancelled()
         if self._faults is None:
             raise MigrationFailed("post-copy needs a connection for faults")
         # the guest's restoring touches pages already
@@ -284,7 +289,7 @@ class OutgoingMigration:
     def conclude(self, resumed: Resumed) -> Outcome:
         """The VM has left; its RAM is here as it was then, and tells whether the dirty bitmap missed a write."""
         self._emit("migration.handed_over", generation=resumed.generation)
-        stale = count(HashBitmap.compare(self.ram, self.hashes))
+        stale = count(self.hashes.differing(self.ram))
         return Outcome(
             rounds=self._rounds.rounds,
             residual_pages=self.residual_pages,
@@ -328,10 +333,6 @@ class OutgoingMigration:
 
     # ------------------------------------------------------------ failure
 
-    def _check_cancelled(self) -> None:
-        if self._cancelled.is_set():
-            raise Cancelled
-
     def _said(self, error: Exception) -> str:
         """A cancel may have broken a wait, which then looks like a lost connection."""
         return "cancelled" if self._cancelled.is_set() else str(error)
@@ -360,10 +361,12 @@ class OutgoingMigration:
         self._emit("migration.aborted", reason=self._said(error))
 
     def _restore_speed(self) -> None:
-        """Of a guest that is not suspended; a dead one has none."""
+        """Whatever becomes of it: a guest that has ended has no speed, and how the migration ended is to be told."""
         if self._precopy is not None:
-            with contextlib.suppress(TestbedError):
+            try:
                 self._precopy.restore_speed()
+            except TestbedError as error:
+                self._emit("guest.not_heard", reason=str(error))
 
     def _settle(self, error: Exception) -> None:
         """After the suspend. Returns if the destination owns the VM; else resumes it here and raises."""

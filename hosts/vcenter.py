@@ -92,6 +92,10 @@ class VCenter:
         self._call(host, control.PowerOn(spec, self.announce, self.schedule_ms))
         self.places[vm] = host
 
+    def elsewhere(self, vm: str) -> str:
+        """A host that a VM is not on."""
+        return next(host.name for host in self.plan.hosts if host.name != self._place(vm))
+
     def power_off(self, vm: str) -> None:
         self._call(self._place(vm), control.PowerOff(vm))
         del self.places[vm]
@@ -249,7 +253,7 @@ class VCenter:
                 clients.pop().close()
 
     def status_of(self, host: str) -> dict[str, Any] | None:
-        """The same of one agent; None if it does not answer."""
+        """The same of one agent; None if it does not answer, or not to the point: it may do so a moment later."""
         try:
             status: dict[str, Any] = self._call(host, control.Status())
         except ControlError:

@@ -55,3 +55,13 @@ def answers(testbed: Testbed, ip: str, within_s: int = 5) -> bool:
     """Whether c1 has an answer to one of the pings that it sends meanwhile, one a second."""
     words = ["ping", "-c1", "-i0.2", f"-w{within_s}", ip]
     return bool(testbed.popen("c1")(words, stdout=-3).wait(within_s + 10) == 0)
+
+
+def here(testbed: Testbed, vm: str = "vm1") -> str:
+    """The host that a VM is on."""
+    return testbed.vcenter.places[vm]
+
+
+def elsewhere(testbed: Testbed, vm: str = "vm1") -> str:
+    """The other one."""
+    return testbed.vcenter.elsewhere(vm)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from programs import command_line, eventually
-from testbeds import HOSTS, answers, events, slow_cable, small_testbed
+from testbeds import HOSTS, answers, elsewhere, events, here, slow_cable, small_testbed
 
 from experiments.probes import Probes
-from experiments.testbed import Testbed
+from experiments.testbed import Testbed, guest_pids
 from hosts.control import ControlError
 from hosts.policy import Policy
 from hosts.tasks import Task
@@ -34,21 +34,12 @@ def the_vm_runs_on_one_host_and_can_move(testbed: Testbed) -> Iterator[None]:
     assert found(testbed) == {here(testbed): "running"}
     assert answers(testbed, IP)
     result = testbed.vcenter.migrate("vm1", elsewhere(testbed))
-    assert result.outcome.source_digest == result.outcome.destination_digest != ""
+    assert result.outcome.digests_equal
     assert found(testbed) == {here(testbed): "running"}
     assert answers(testbed, IP)
 
 
 # ---------------------------------------------------------------- helpers
-
-
-def here(testbed: Testbed) -> str:
-    return testbed.vcenter.places["vm1"]
-
-
-def elsewhere(testbed: Testbed) -> str:
-    (other,) = set(HOSTS) - {here(testbed)}
-    return other
 
 
 def found(testbed: Testbed) -> dict[str, str]:
@@ -78,15 +69,6 @@ def stopped_at(testbed: Testbed, host: str, state: str, policy: Policy | None = 
     yield task
 
 
-def guests(testbed: Testbed) -> list[int]:
-    """The pids of all guest processes of the world."""
-    return [
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and "hosts.light_guest" in command_line(int(entry.name)).split()
-    ]
-
-
 def fails_saying(task: Task[Result], *words: str) -> None:
     with pytest.raises(MigrationFailed) as failure:
         task.wait(90)
@@ -105,7 +87,7 @@ def test_a_vm_goes_on_without_its_agent_and_its_client_loses_nothing(testbed: Te
         testbed.restart_agent(host)
         assert vm(testbed) == before
         result = testbed.vcenter.migrate("vm1", elsewhere(testbed))
-        assert result.outcome.source_digest == result.outcome.destination_digest != ""
+        assert result.outcome.digests_equal
         seen = probes.stop()
     transactions = seen.transactions
     assert (transactions.failure, seen.bulk.failure) == ("", "")
@@ -178,7 +160,7 @@ def test_a_source_agent_killed_in_pre_copy_leaves_the_vm_running_there(testbed: 
         testbed.kill_agent(source)
         fails_saying(task, f"VM vm1 is on {source}, whose agent does not answer")
     assert answers(testbed, IP)
-    assert guests(testbed) == [before["pid"]]
+    assert guest_pids() == {before["pid"]}
     testbed.restart_agent(source)
     assert vm(testbed) == before
 
@@ -189,7 +171,7 @@ def test_a_destination_agent_killed_in_pre_copy_leaves_no_guest_behind(testbed: 
         task = in_the_first_round(testbed)
         testbed.kill_agent(destination)
         fails_saying(task, f"stays on {source}")
-    eventually(lambda: guests(testbed) == [before["pid"]], "end of the guest that awaited its state")
+    eventually(lambda: guest_pids() == {before["pid"]}, "end of the guest that awaited its state")
     testbed.restart_agent(destination)
     assert vm(testbed) == before
 
@@ -215,7 +197,7 @@ def test_a_source_restarted_while_the_destination_restores_claims_before_it_resu
         assert vm(testbed) == {**before, "generation": before["generation"] + 1}
         testbed.vcenter.go_on(destination)
         fails_saying(task, f"VM vm1 is on {source}: running")
-    assert guests(testbed) == [before["pid"]]
+    assert guest_pids() == {before["pid"]}
 
 
 def test_a_source_restarted_after_the_claim_does_not_resume_the_vm(testbed: Testbed) -> None:
@@ -226,7 +208,7 @@ def test_a_source_restarted_after_the_claim_does_not_resume_the_vm(testbed: Test
         fails_saying(task, f"VM vm1 is on {destination}: running")
     assert here(testbed) == destination
     assert vm(testbed)["generation"] == before["generation"] + 1
-    assert guests(testbed) == [vm(testbed)["pid"]]
+    assert guest_pids() == {vm(testbed)["pid"]}
     assert events(testbed, "vm.discarded", source=source)[-1]["state"] == "suspended"
 
 
@@ -238,7 +220,7 @@ def test_a_source_that_is_dead_when_the_vm_arrives_finds_it_gone_later(testbed: 
         fails_saying(task, f"VM vm1 is on {destination}: running")
     assert answers(testbed, IP)
     testbed.restart_agent(source)
-    assert guests(testbed) == [vm(testbed)["pid"]]
+    assert guest_pids() == {vm(testbed)["pid"]}
 
 
 def test_a_destination_killed_after_its_claim_resumes_the_vm_after_its_restart(testbed: Testbed) -> None:
@@ -274,7 +256,7 @@ def test_both_killed_in_the_switchover_end_with_one_vm_whoever_is_first(testbed:
             testbed.restart_agent(host)
         assert testbed.vcenter.find("vm1") == f"VM vm1 is on {owner}: running"
         assert found(testbed) == {owner: "running"}
-        assert guests(testbed) == [vm(testbed)["pid"]]
+        assert guest_pids() == {vm(testbed)["pid"]}
 
 
 # ---------------------------------------------------------------- post-copy: the VM needs both
@@ -288,7 +270,7 @@ def test_an_agent_killed_while_pages_are_missing_takes_the_vm_with_it(testbed: T
         testbed.vcenter.go_on(hosts[1 - victim])
         fails_saying(task, ("VM vm1 is off", f"VM vm1 is on {hosts[1]}, whose agent does not answer")[victim])
     testbed.restart_agent(hosts[victim])
-    eventually(lambda: guests(testbed) == [], "end of both halves of the VM")
+    eventually(lambda: guest_pids() == set(), "end of both halves of the VM")
     assert found(testbed) == {}
     testbed.vcenter.power_on("vm1")
 

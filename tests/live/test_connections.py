@@ -46,7 +46,7 @@ def quiet(testbed: Testbed) -> Iterator[Testbed]:
 def migrate(testbed: Testbed) -> None:
     (there,) = set(HOSTS) - {testbed.vcenter.places["vm1"]}
     outcome = testbed.vcenter.migrate("vm1", there).outcome
-    assert outcome.source_digest == outcome.destination_digest
+    assert outcome.digests_equal
 
 
 def guest(testbed: Testbed) -> int:

@@ -1,9 +1,11 @@
 """What an agent makes of the guests that it finds: the newest generation decides."""
 
+from typing import get_args
+
 import pytest
 
 from hosts.adoption import Fate, fate
-from hosts.channel import STATES
+from hosts.channel import GuestState
 from hosts.datastore import Claim
 
 
@@ -11,7 +13,7 @@ def claim(host: str, running: bool = True) -> Claim:
     return Claim("vm1", 7, host, running, "nonce")
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", get_args(GuestState))
 def test_what_is_not_ours_never_runs_here(state: str) -> None:
     for newest in (None, claim("esx2"), claim("esx1", running=False), claim("esx2", running=False)):
         assert fate(newest, "esx1", state) is Fate.DISCARDED

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from hosts.guest_memory import Memory
 from hosts.ledger import ACCOUNTS, OPENING_BALANCE
-from hosts.light_guest import Memory
 from hosts.ram import PAGE, Ram
 from topologies.plan import read_plan
 
