@@ -1,4 +1,4 @@
-"""Messages between an agent and its guest process: length-prefixed msgpack over a Unix socket.
+"""Messages between an agent and its guest process: numbered, length-prefixed msgpack over a Unix socket.
 
 The guest listens and outlives its agent; whoever connects next, an agent's successor, is greeted with all
 that it has to know. A guest serves one agent at a time.
@@ -14,7 +14,8 @@ import msgspec
 
 from topologies.plan import VM
 
-_LENGTH = struct.Struct("!I")
+_HEAD = struct.Struct("!II")  # number, length
+_PIECE_BYTES = 2**20
 _MAX_DESCRIPTORS = 8
 MAX_MESSAGE_BYTES = 256 * 2**20  # the TCP queues of a busy guest travel in one message
 
@@ -107,45 +108,61 @@ _Any = Hello | Boot | Await | Suspend | State | Restore | Run | Throttle | Missi
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_Any)
 
 
-def send(sock: socket.socket, message: Message, descriptors: Sequence[int] = ()) -> None:
-    """Send a message, and copies of open descriptors with it."""
-    body = msgspec.msgpack.encode(message)
-    if descriptors:
-        socket.send_fds(sock, [_LENGTH.pack(len(body))], list(descriptors))
-        sock.sendall(body)
-    else:
-        sock.sendall(_LENGTH.pack(len(body)) + body)
+class Line:
+    """One end of the channel.
 
+    A request has a number, and its answer the same: one that comes when nobody waits for it any more is not taken
+    for the answer to something else. What a time-out has interrupted is received by the next call.
+    """
 
-def receive(sock: socket.socket) -> Any:
-    """The next message; EOFError if the other side is gone."""
-    return _decode(sock, bytes(_exactly(sock, _LENGTH.size)))
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._begun = bytearray()  # of a message that has not come whole
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
-def receive_with_descriptors(sock: socket.socket) -> tuple[Any, list[int]]:
-    """The next message and the descriptors that came with it, which are the caller's to close."""
-    head, descriptors, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
-    try:
-        return _decode(sock, head + _exactly(sock, _LENGTH.size - len(head))), descriptors
-    except BaseException:
-        for descriptor in descriptors:
-            os.close(descriptor)
-        raise
+    def settimeout(self, seconds: float | None) -> None:
+        self._socket.settimeout(seconds)
 
+    def send(self, message: Message, number: int = 0, descriptors: Sequence[int] = ()) -> None:
+        """Send a message, and copies of open descriptors with it."""
+        body = msgspec.msgpack.encode(message)
+        head = _HEAD.pack(number, len(body))
+        if descriptors:
+            socket.send_fds(self._socket, [head], list(descriptors))
+            self._socket.sendall(body)
+        else:
+            self._socket.sendall(head + body)
 
-def _decode(sock: socket.socket, head: bytes) -> Any:
-    (length,) = _LENGTH.unpack(head)
-    if length > MAX_MESSAGE_BYTES:
-        raise EOFError(f"a message of {length} bytes is none of ours")
-    return _decoder.decode(_exactly(sock, length))
+    def receive(self) -> tuple[int, Any]:
+        """The next message and its number; EOFError if the other side is gone."""
+        self._fill(_HEAD.size)
+        number, length = _HEAD.unpack_from(self._begun)
+        if length > MAX_MESSAGE_BYTES:
+            raise EOFError(f"a message of {length} bytes is none of ours")
+        self._fill(_HEAD.size + length)
+        body, self._begun = self._begun[_HEAD.size :], bytearray()
+        return number, _decoder.decode(body)
 
+    def receive_with_descriptors(self) -> tuple[Any, list[int]]:
+        """The next message and the descriptors that came with it, which are the caller's to close."""
+        head, descriptors, _, _ = socket.recv_fds(self._socket, _HEAD.size, _MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        try:
+            self._begun += head
+            return self.receive()[1], descriptors
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
 
-def _exactly(sock: socket.socket, length: int) -> bytearray:
-    data = bytearray(length)
-    view = memoryview(data)
-    while view:
-        got = sock.recv_into(view)
-        if got == 0:
-            raise EOFError("the other side closed the channel")
-        view = view[got:]
-    return data
+    def close(self) -> None:
+        self._socket.close()
+
+    def _fill(self, length: int) -> None:
+        """Until so much of the message has come."""
+        while (missing := length - len(self._begun)) > 0:
+            data = self._socket.recv(min(missing, _PIECE_BYTES))
+            if not data:
+                raise EOFError("the other side closed the channel")
+            self._begun += data

@@ -126,21 +126,23 @@ class LightGuest(Guest):
 
     def __init__(self, home: Path, log: Path, connection: socket.socket, process: "subprocess.Popen[bytes] | None"):
         """Hear the guest's first words on a connection to its socket `home`; `process` if it is a child of ours."""
-        self._log, self._channel, self._process = log, connection, process
-        hello, (ram, self._pidfd, *others) = channel.receive_with_descriptors(connection)
+        self._log, self._line, self._process = log, channel.Line(connection), process
+        self._number = 0  # of the latest request
+        self._home = home
+        hello, (ram, self._pidfd, *others) = self._line.receive_with_descriptors()
         self.pid, self.tracking, self.vm, self.memo = hello.pid, hello.tracking, hello.vm, hello.memo
         self._state = hello.state
-        self.ram = Ram(ram)
-        self.bitmap = open_bitmap(hello.tracking, hello.pid, hello.address, self.ram)
+        with ExitStack() as undo:
+            for descriptor in (self._pidfd, *others):
+                undo.callback(os.close, descriptor)
+            self.ram = Ram(ram)
+            undo.callback(self.ram.close)
+            self.bitmap = open_bitmap(hello.tracking, hello.pid, hello.address, self.ram)
+            undo.callback(self.bitmap.close)
+            undo.callback(self._line.close)
+            self._let_go = undo.pop_all()
         writes = hello.tracking == "wp-async"
         self.userfaults = UserFaults(others[0], hello.address, self.ram.size, writes) if others else None
-        self._let_go = ExitStack()
-        for descriptor in (self._pidfd, *others):
-            self._let_go.callback(os.close, descriptor)
-        self._let_go.callback(self.ram.close)
-        self._let_go.callback(self.bitmap.close)
-        self._let_go.callback(connection.close)
-        self._home = home
 
     @classmethod
     def start(cls, vm: VM, memo: bytes, home: Path, log: Path) -> "LightGuest":
@@ -167,13 +169,13 @@ class LightGuest(Guest):
             )
         try:
             guest = cls(home, log, connection, process)
-        except (EOFError, OSError, msgspec.MsgspecError) as error:
+        except (EOFError, OSError, msgspec.MsgspecError, TestbedError) as error:
             process.kill()
+            status = process.wait()
             connection.close()
             home.unlink()
-            raise GuestError(
-                f"VM {vm.name}: its guest process ended with status {process.wait()}; see {log}"
-            ) from error
+            why = str(error) if isinstance(error, TestbedError) else f"its guest process ended with status {status}"
+            raise GuestError(f"VM {vm.name} cannot be started: {why}; {_last_words(log)}") from error
         guest.vm, guest.memo = vm, memo
         return guest
 
@@ -198,7 +200,7 @@ class LightGuest(Guest):
 
     @property
     def work(self) -> int:
-        return int(self.ram.words[0, WORK_WORD]) if self._channel.fileno() >= 0 else 0  # (its RAM is given back)
+        return int(self.ram.words[0, WORK_WORD]) if self._line.fileno() >= 0 else 0  # (its RAM is given back)
 
     def power_on(self) -> None:
         self._order(channel.Boot(self.vm, self.memo), "running", _BOOT_TIMEOUT_S)
@@ -260,7 +262,7 @@ class LightGuest(Guest):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def power_off(self) -> None:
-        if self._channel.fileno() < 0:
+        if self._line.fileno() < 0:
             return
         self.kill()
         if self._process is not None:
@@ -283,15 +285,19 @@ class LightGuest(Guest):
         self._state = state
 
     def _tell(self, request: channel.Message, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
-        self._channel.settimeout(timeout_s)
+        self._line.settimeout(timeout_s)
+        self._number += 1
         try:
-            channel.send(self._channel, request)
+            self._line.send(request, self._number)
         except OSError as error:
             raise self._gone(error) from error
 
     def _answer(self, expected: type[_Reply]) -> _Reply:
         try:
-            reply = channel.receive(self._channel)
+            while True:
+                number, reply = self._line.receive()
+                if number == self._number:  # not one to an earlier request, which comes too late
+                    break
         except (EOFError, OSError, msgspec.MsgspecError) as error:
             raise self._gone(error) from error
         if isinstance(reply, channel.Failed):
@@ -306,6 +312,13 @@ class LightGuest(Guest):
             status = self._process and self._process.wait()
             how = "has ended" if status is None else f"ended with status {status}"
         return GuestError(f"VM {self.vm.name}: its guest process {self.pid} {how}; see {self._log}")
+
+
+def _last_words(log: Path) -> str:
+    """What a guest's process said last, and where to read more."""
+    lines = log.read_text(errors="replace").split("\n")
+    last = next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+    return f"{last}; see {log}" if last else f"see {log}"
 
 
 def _connect(home: Path) -> socket.socket:

@@ -91,7 +91,8 @@ class LightGuest:
         self.memo = b""
         self.memory: Memory
         self.selector = selectors.DefaultSelector()
-        self.listener, self.control = listener, listener  # where the next word comes from: the listener, or an agent
+        self.listener = listener
+        self.line: channel.Line | None = None  # to an agent, if there is one
         listener.listen()  # again: it is this process now that the other side sees (SO_PEERCRED, unix(7))
         self.selector.register(listener, selectors.EVENT_READ)
         self.listeners: dict[socket.socket, str] = {}
@@ -114,7 +115,7 @@ class LightGuest:
                     return
                 relax()  # a switchover that has lost its agent is in no hurry
                 self._throttle = 0.0
-                self._listen_to(self.listener)
+                self._listen_to(None)
 
     def _work(self) -> NoReturn:
         """Until the agent is gone: EOFError."""
@@ -149,35 +150,41 @@ class LightGuest:
     def _attend(self) -> None:
         """The agent's next request, or the next agent; EOFError if it is gone."""
         try:
-            if self.control is self.listener:
+            if self.line is None:
                 self._greet()
             else:
-                self._obey()
+                self._obey(self.line)
         except OSError as error:
             raise EOFError(f"the agent is gone: {error}") from error
 
     def _greet(self) -> None:
-        agent, _ = self.listener.accept()
-        self._listen_to(agent)
+        line = channel.Line(self.listener.accept()[0])
+        self._listen_to(line)
         vm = None if self.state == "new" else self.vm
         hello = channel.Hello(os.getpid(), self.state, self.ram.address, self.tracking, vm, self.memo)
         descriptors = [self.ram.fd, self.pidfd]
-        channel.send(agent, hello, descriptors + ([self.userfaults.fd] if self.userfaults else []))
+        line.send(hello, descriptors=descriptors + ([self.userfaults.fd] if self.userfaults else []))
 
-    def _listen_to(self, control: socket.socket) -> None:
+    @property
+    def control(self) -> socket.socket | channel.Line:
+        """Where the next word comes from."""
+        return self.line or self.listener
+
+    def _listen_to(self, line: channel.Line | None) -> None:
+        """To an agent, or to whoever comes next."""
         self.selector.unregister(self.control)
-        if self.control is not self.listener:
-            self.control.close()
-        self.control = control
-        self.selector.register(control, selectors.EVENT_READ)
+        if self.line is not None:
+            self.line.close()
+        self.line = line
+        self.selector.register(self.control, selectors.EVENT_READ)
 
-    def _obey(self) -> None:
-        request = channel.receive(self.control)
+    def _obey(self, line: channel.Line) -> None:
+        number, request = line.receive()
         try:
             reply = self._do(request)
         except (TestbedError, OSError, msgspec.MsgspecError) as error:
             reply = channel.Failed(f"{type(request).__name__}: {error}")
-        channel.send(self.control, reply)
+        line.send(reply, number)
 
     def _do(self, request: channel.Message) -> channel.Message:
         match request:
@@ -445,4 +452,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     os.nice(-5)  # a virtual CPU has a guaranteed share; probes and captures must not starve it
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except TestbedError as error:
+        sys.exit(f"{error}")

@@ -28,6 +28,7 @@ import xxhash
 
 from hosts.userfaults import UserFaults
 from topologies.errors import TestbedError
+from topologies.units import format_size
 
 PAGE = mmap.PAGESIZE
 NO_RUNS = np.empty((0, 2), np.uint32)
@@ -99,12 +100,18 @@ def chunks(runs: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 class Ram:
-    """A guest's memory as this process sees it: `bytes` (uint8), `words` (pages x 512 uint64), `buffer`."""
+    """A guest's memory as this process sees it: `bytes` (uint8), `words` (pages x 512 uint64), `buffer`.
+
+    TestbedError if it cannot be mapped.
+    """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.size = os.fstat(fd).st_size
-        self._map = mmap.mmap(fd, self.size, mmap.MAP_SHARED)
+        try:
+            self._map = mmap.mmap(fd, self.size, mmap.MAP_SHARED)
+        except OSError as error:
+            raise TestbedError(f"no memory to map {format_size(self.size)} of guest RAM: {error.strerror}") from error
         self.buffer = memoryview(self._map)
         self.bytes = np.frombuffer(self._map, np.uint8)
         self.words = self.bytes.view(np.uint64).reshape(-1, PAGE // 8)
