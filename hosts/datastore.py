@@ -91,7 +91,9 @@ class LocalDatastore:
         name = re.compile(rf"\.lck-{re.escape(vm)}\.(\d+)")
         try:
             names = os.listdir(self._folder / vm)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if not self._folder.exists():  # a datastore out of sight is not one without VMs
+                raise DatastoreError(f"VM {vm}: the datastore {self._folder} cannot be reached") from error
             return []
         except OSError as error:
             raise DatastoreError(f"VM {vm}: its folder cannot be read: {error}") from error
