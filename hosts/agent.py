@@ -29,7 +29,7 @@ from hosts.destination import IncomingMigration
 from hosts.guest import GuestEnded
 from hosts.machine import Machine, Site
 from hosts.protocol import Hello, Join
-from hosts.source import Outcome, OutgoingMigration, VmLost
+from hosts.source import MigrationFailed, Outcome, OutgoingMigration
 from hosts.stream import PEER_TIMEOUT_S, Stream, StreamLost
 from hosts.vmotion_port import VmotionPort
 from topologies.errors import TestbedError
@@ -38,6 +38,8 @@ from topologies.plan import Plan, read_plan
 
 # A silent source is noticed after PEER_TIMEOUT_S, and taking a VM apart takes a fraction of a second.
 _DISCARDED_WITHIN_S = 2 * PEER_TIMEOUT_S
+# A source is told to come as soon as its destination is prepared; so many of its time-outs later it never will
+_TIMEOUTS_UNTIL_GIVEN_UP = 10
 
 # A round makes objects by the thousand and no cycles: the collector need not look so often (the default is 700, 10,
 # 10). Netlink's messages are cycles, some hundred objects in each migration.
@@ -54,8 +56,10 @@ class Agent:
     def __init__(self, site: Site, plan: Plan, certificates: Path, peer_timeout_s: float = PEER_TIMEOUT_S) -> None:
         self.site, self.name = site, site.host.name
         self.lock = threading.Lock()
+        self._patience_s = _TIMEOUTS_UNTIL_GIVEN_UP * peer_timeout_s
         self.machines: dict[str, Machine] = {}
         self.arriving: dict[str, IncomingMigration] = {}  # by migration
+        self._expiries: dict[str, threading.Timer] = {}  # by migration that arrives: then it is given up
         self.receiving: dict[str, IncomingMigration] = {}  # by migration: its stream has begun
         self.leaving: dict[str, OutgoingMigration] = {}  # by migration
         self.progress: dict[str, Any] = {}  # by migration that leaves: what its source said last
@@ -141,8 +145,11 @@ class Agent:
             machine = Machine.build(self.site, vm, request.announce, request.schedule_ms)
             undo.callback(machine.dismantle)
             incoming = IncomingMigration(machine, request.migration, newest.generation + 1, request.encrypt)
+            expiry = self._expiries[request.migration] = threading.Timer(self._patience_s, self._expire, [incoming])
+            expiry.daemon = True
             with self.lock:
                 self.arriving[request.migration] = incoming
+            expiry.start()
             undo.pop_all()  # reserved until it has arrived or is discarded
         machine.emit("migration.prepared", migration=request.migration)
         return {"token": incoming.token, "ip": self.site.host.vmotion_port.ip, "port": protocol.PORT}
@@ -160,7 +167,9 @@ class Agent:
             self.leaving[request.migration] = outgoing
             try:
                 outcome = outgoing.run(request.token)
-            except VmLost:
+            except MigrationFailed:  # the VM is here
+                raise
+            except Exception:  # it is not, even if what went wrong is a bug of ours
                 self._discard_left(machine, request.migration)
                 raise
             finally:
@@ -193,20 +202,37 @@ class Agent:
 
     def _abandon(self, request: control.Abandon) -> dict[str, Any]:
         with self.lock:
-            incoming = self.arriving.pop(request.migration, None)
+            incoming = self._no_longer_arriving(request.migration)
             receiving = self.receiving.get(request.migration)
         if incoming is not None:
-            self._discard(incoming)
+            self._discard(incoming, "abandoned")
         # so that a retry finds nothing in its way
         elif receiving is not None and not receiving.ended.wait(_DISCARDED_WITHIN_S):
             raise AgentError(f"migration {request.migration!r} has not ended on {self.name} yet")
         return {"abandoned": incoming is not None}
 
+    def _expire(self, incoming: IncomingMigration) -> None:
+        """Whoever ordered the migration is gone."""
+        with self.lock:
+            expired = self._no_longer_arriving(incoming.migration) is not None
+        if expired:
+            why = f"no source has come within {self._patience_s:g} s"
+            self.log(f"migration {incoming.migration}: {why}")
+            self._discard(incoming, why)
+
+    def _no_longer_arriving(self, migration: str) -> IncomingMigration | None:
+        """With the lock."""
+        incoming = self.arriving.pop(migration, None)
+        if incoming is not None:
+            self._expiries.pop(migration).cancel()
+        return incoming
+
     def _status(self) -> dict[str, Any]:
         with self.lock:  # migrations first: what has just come to its end shows among the VMs
             coming = {name: {"role": "destination", "progress": None} for name in (*self.arriving, *self.receiving)}
             leaving = {name: {"role": "source", "progress": self.progress.get(name)} for name in list(self.leaving)}
-        vms = {name: _described(machine) for name, machine in dict(self.machines).items()}
+            running = [incoming.machine for incoming in self.receiving.values() if incoming.resumed]
+        vms = {machine.vm.name: _described(machine) for machine in [*self.machines.values(), *running]}
         return {"host": self.name, "vms": vms, "migrations": coming | leaving, "memory_bytes": memory_bytes()}
 
     # ------------------------------------------------------------ what another agent has left
@@ -262,7 +288,8 @@ class Agent:
             if incoming is None or not incoming.admits(opening.token, stream.encrypted):
                 raise AgentError(f"no migration {opening.migration!r} is prepared for this caller")
             if isinstance(opening, Hello):
-                self.receiving[opening.migration] = self.arriving.pop(opening.migration)
+                self._no_longer_arriving(opening.migration)
+                self.receiving[opening.migration] = incoming
         return incoming
 
     def _take_more_in(self, incoming: IncomingMigration, stream: Stream, join: Join) -> None:
@@ -274,18 +301,20 @@ class Agent:
             self.log(f"a connection of migration {join.migration}: {error}")
 
     def _take_in(self, incoming: IncomingMigration, stream: Stream, hello: Hello) -> None:
-        machine = incoming.machine
+        machine, why = incoming.machine, ""
         try:
             incoming.run(stream, hello)
         except TestbedError as error:
-            self.log(str(error))
-        except Exception:  # a bug of ours must not leave half a VM here
+            why = str(error)
+            self.log(why)
+        except Exception as error:  # a bug of ours must not leave half a VM here
+            why = repr(error)
             self.log(traceback.format_exc())
         try:
             if machine.generation == 0:  # it never came to the point of no return
-                self._discard(incoming)
+                self._discard(incoming, why)
             elif not incoming.arrived:
-                self._bury(machine, incoming.migration)
+                self._bury(machine, incoming.migration, why)
             else:
                 with self.lock:
                     self.machines[machine.vm.name] = machine
@@ -295,17 +324,17 @@ class Agent:
                 del self.receiving[hello.migration]
                 incoming.ended.set()
 
-    def _bury(self, machine: Machine, migration: str) -> None:
+    def _bury(self, machine: Machine, migration: str, why: str) -> None:
         """It was ours and cannot go on: it is off, and can be powered on again anywhere."""
         generation = machine.generation + 1
         machine.dismantle()
         self.site.datastore.claim(machine.vm.name, generation, self.name, running=False)
-        machine.emit("vm.lost", migration=migration, generation=generation)
+        machine.emit("vm.lost", migration=migration, generation=generation, reason=why)
 
-    def _discard(self, incoming: IncomingMigration) -> None:
+    def _discard(self, incoming: IncomingMigration, why: str) -> None:
         try:
             incoming.machine.dismantle()
-            incoming.machine.emit("migration.discarded", migration=incoming.migration)
+            incoming.machine.emit("migration.discarded", migration=incoming.migration, reason=why)
         finally:
             self.busy.discard(incoming.machine.vm.name)
 
@@ -336,10 +365,10 @@ class Agent:
 
     def close(self) -> None:
         """End every VM that is here."""
-        for incoming in list(self.arriving.values()):
-            incoming.machine.dismantle()
-        for machine in list(self.machines.values()):
-            machine.dismantle()
+        coming = [incoming.machine for incoming in (*self.arriving.values(), *self.receiving.values())]
+        with ExitStack() as steps:  # each, whatever becomes of the others
+            for machine in (*coming, *self.machines.values()):
+                steps.callback(machine.dismantle)
 
 
 def _described(machine: Machine) -> dict[str, Any]:

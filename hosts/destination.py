@@ -3,7 +3,7 @@
 prepare       RAM, guest process, namespace, dark port, announcement frames       (before the source starts)
 greet         HELLO, WELCOME; further connections join
 reserve       memory for the pages that the source has
-receive       pages into RAM, an acknowledgement for every round; in a hurry from SUSPENDING on
+receive       pages into RAM, an acknowledgement for every round; in a hurry from a SUSPENDING with SHORT on
 restore       RAM checked against the source's digest, sockets restored
 claim         the next generation on the datastore            <== POINT OF NO RETURN
 resume        gate open, guest told to run, first announcement, RESUMED
@@ -22,11 +22,11 @@ from hosts.protocol import (
     MAJOR,
     MINOR,
     Complete,
+    Flag,
     Header,
     Hello,
     Join,
     Kind,
-    ProtocolError,
     RemoteProtocolError,
     Resumed,
     State,
@@ -63,7 +63,8 @@ class IncomingMigration:
         self.hashes = PageHashes(machine.guest.ram)
         ram = machine.guest.ram
         self._present = mask_of(ram.populated(), ram.pages)  # pages that exist here; the guest has looked at some
-        self.arrived = False  # it runs here, with all of its RAM
+        self.resumed = False  # it runs here
+        self.arrived = False  # it does, with all of its RAM
         self.ended = threading.Event()
         self._joining = threading.Condition()  # of the four below
         self._faults: Stream | None = None
@@ -97,10 +98,10 @@ class IncomingMigration:
             self.restore(state)
             self.claim(stream)
         except (TestbedError, OSError) as error:
-            if isinstance(error, StreamLost | PeerAborted | ProtocolError) and stream.session.may("lost"):
-                stream.session.step("lost")
-            else:
+            if not isinstance(error, StreamLost | PeerAborted):
                 stream.abort(str(error))
+            if stream.session.may("lost"):
+                stream.session.step("lost")
             raise IncomingFailed(f"VM {self.machine.vm.name} did not come: {error}") from error
         try:
             self.resume(stream)
@@ -172,7 +173,6 @@ class IncomingMigration:
             raise RemoteProtocolError(
                 f"{hello.ram_bytes} bytes of RAM announced, prepared {self.machine.guest.ram.size}"
             )
-        self._hurries = hello.mode != "stop-and-copy"
         stream.send(Welcome(*version))
 
     def receive(self, stream: Stream) -> State:
@@ -192,7 +192,7 @@ class IncomingMigration:
                         self.discard(pages)
                     if stream.session.state == "listed":
                         self.expect_missing(stream, pages)
-                case Kind.SUSPENDING if self._hurries:
+                case Kind.SUSPENDING if Flag.SHORT in header.flags:
                     hurry()
                 case Kind.STATE:
                     self._emit("state.received", state_bytes=header.length)
@@ -227,7 +227,7 @@ class IncomingMigration:
     def restore(self, state: State) -> None:
         self.digest = self.hashes.digest(without=self._missing)
         if self.digest != state.ram_digest:
-            raise RemoteProtocolError(f"RAM differs: digest {self.digest} here, {state.ram_digest} at the source")
+            raise TestbedError(f"RAM differs: digest {self.digest} here, {state.ram_digest} at the source")
         self._emit("ram.verified", ram_digest=self.digest)
         self.machine.guest.restore(state.device)
         self._emit("sockets.restored")
@@ -252,6 +252,7 @@ class IncomingMigration:
         # the guest's thaw and the switch's relearning run side by side
         machine.guest.run(meanwhile=lambda: machine.announcer.start(self._announced))
         self._emit("vm.resumed")
+        self.resumed = True
         stream.session.step("resume")
         try:
             stream.send(Resumed(self.generation, self.digest))

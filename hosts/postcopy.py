@@ -41,6 +41,7 @@ from topologies.errors import TestbedError
 _PUSH_PAGES = 64
 # In the host's queue: a millisecond of a 1 Gbit/s cable, twice that as the kernel counts (socket(7))
 _PUSH_QUEUE_BYTES = 128 * 1024
+_TELL_EVERY_S = 0.1
 
 _UNDUE = "the source sent a page twice, or one that it had not listed"
 _CHANGED = "a page was changed on its way"
@@ -59,14 +60,21 @@ class Server:
         self._thread = threading.Thread(target=self._answer, name="faults", daemon=True)
         self._thread.start()
 
-    def push(self) -> None:
-        """Send all that has not been asked for; StreamLost if the hosts lose each other."""
+    def push(self, report: Callable[[int], None]) -> None:
+        """Send all that has not been asked for; StreamLost if the hosts lose each other.
+
+        `report` hears again and again how many pages are left.
+        """
         self._push.keep_queue_short(_PUSH_QUEUE_BYTES)
         with self._lock:  # what a fault has claimed is hashed by now
             due = np.flatnonzero(self._due)
+        told = 0.0
         for chunk in chunks(runs_of(due), _PUSH_PAGES):
             if self._error is not None:
                 raise self._error
+            if time.monotonic() - told >= _TELL_EVERY_S:
+                told = time.monotonic()
+                report(int(self._due.sum()))
             self._send(self._claim(pages_of(chunk)))
 
     def close(self) -> None:

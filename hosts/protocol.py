@@ -112,14 +112,19 @@ class Kind(enum.IntEnum):
 
 
 class Flag(enum.IntFlag):
-    """Of PAGES: how the pages are packed, and whether their hashes are there (only a guest that is stopped has any)."""
+    """Of PAGES: how the pages are packed, and whether their hashes are there (only a guest that is stopped has any).
+
+    Of SUSPENDING: little is left to do, so that everything else may stand still for it.
+    """
 
     ZSTD = 1
     LZ4 = 2
     HASHED = 4
+    SHORT = 8
 
 
 PLAIN, PACKED = Flag(0), Flag.ZSTD | Flag.LZ4
+_FLAGS = {Kind.PAGES: PACKED | Flag.HASHED, Kind.SUSPENDING: Flag.SHORT}
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -245,7 +250,8 @@ def parse_header(data: bytes) -> Header:
         kind = Kind(number)
     except ValueError:
         raise RemoteProtocolError(f"unknown message kind {number}") from None
-    if flags > PACKED | Flag.HASHED or (flags and kind is not Kind.PAGES) or flags & PACKED == PACKED:
+    allowed = _FLAGS.get(kind, PLAIN)
+    if flags | allowed != allowed or flags & PACKED == PACKED:
         raise RemoteProtocolError(f"{kind.name} with unknown flags {flags:#x}")
     if length > _MAX_BODY[kind]:
         raise RemoteProtocolError(f"{kind.name} of {length} bytes; at most {_MAX_BODY[kind]} are allowed")

@@ -27,13 +27,15 @@ from hosts.feed import Feed, end_round
 from hosts.machine import Machine
 from hosts.policy import Action, Policy, Round
 from hosts.postcopy import Server
-from hosts.precopy import PreCopy, Progress
+from hosts.precopy import Cancelled, PreCopy, Progress
 from hosts.protocol import (
     CHUNK_PAGES,
     MAJOR,
     MINOR,
+    PLAIN,
     AllSent,
     Complete,
+    Flag,
     Hello,
     Join,
     Kind,
@@ -218,7 +220,7 @@ class OutgoingMigration:
 
     def suspend(self) -> None:
         self._emit("vm.suspending")
-        self.stream.mark(Kind.SUSPENDING, self._next_round)
+        self.stream.mark(Kind.SUSPENDING, self._next_round, Flag.SHORT if self._short else PLAIN)
         self.machine.announcer.silence()
         self.machine.port.shut()
         self._emit("gate.shut")
@@ -247,6 +249,7 @@ class OutgoingMigration:
         self.digest = self.hashes.digest()
         self.stream.send(State(self.device, self.digest))
         self._emit("state.sent", bytes=len(self.device), ram_digest=self.digest)
+        self._honour_cancel()
 
     def list_missing(self) -> None:
         self._missing = self._left_at_suspend()
@@ -263,15 +266,15 @@ class OutgoingMigration:
         digest = self.hashes.digest(without=self._missing)
         self.stream.send(State(self.device, digest))
         self._emit("state.sent", bytes=len(self.device), ram_digest=digest)
+        self._honour_cancel()
 
     def serve(self, server: Server, resumed: Resumed) -> Resumed:
         """The VM runs elsewhere, and needs us until its RAM is whole there."""
         pages, began = int(self._missing.sum()), self._emit("postcopy.begin", generation=resumed.generation)
-        self._rounds.tell("post-copy", pages=pages)
         if self.transport.bandwidth_limit:
             self.stream.limit(self.transport.bandwidth_limit)
         try:
-            server.push()
+            server.push(lambda left: self._rounds.tell("post-copy", pages=pages, done=pages - left))
             self.digest = self.hashes.digest()
             self.stream.send(AllSent(self.digest))
             complete: Complete = self.stream.expect(Kind.COMPLETE)
@@ -306,6 +309,11 @@ class OutgoingMigration:
         )
 
     # ------------------------------------------------------------ parts of phases
+
+    def _honour_cancel(self) -> None:
+        """One that came after the last look, and before there was a word of the destination's to be woken from."""
+        if self._cancelled.is_set() and self._claim_first():
+            raise Cancelled
 
     def _left_at_suspend(self) -> np.ndarray:
         left = self._rounds.still_due(self.bitmap.take())
@@ -392,11 +400,16 @@ class OutgoingMigration:
             machine.generation = self._generation
         if self._server is not None:
             self._server.close()
-        machine.port.open()
-        machine.guest.run()
+        said = self._said(error)
+        try:
+            machine.port.open()
+            machine.guest.run()
+        except TestbedError as trouble:
+            name = machine.vm.name
+            raise MigrationFailed(f"VM {name} stays on {self._here}: {said}; it does not run: {trouble}") from error
         self._restore_speed()
         self._emit("vm.resumed_at_source", generation=machine.generation)
-        raise MigrationFailed(f"VM {machine.vm.name} runs again on {self._here}: {self._said(error)}") from error
+        raise MigrationFailed(f"VM {machine.vm.name} runs again on {self._here}: {said}") from error
 
     def _claim_back(self) -> bool:
         """Take the next generation ourselves: if that succeeds the destination never can. Suspended until then."""

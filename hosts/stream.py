@@ -81,9 +81,9 @@ class Stream:
         kind, data = encode_body(body)
         self._send_frame(kind, [memoryview(data)])
 
-    def mark(self, kind: Kind, round_number: int) -> None:
+    def mark(self, kind: Kind, round_number: int, flags: Flag = PLAIN) -> None:
         """ROUND_END, ROUND_ACK and SUSPENDING: a header is all."""
-        self._send_frame(kind, [], round_number)
+        self._send_frame(kind, [], round_number, flags=flags)
 
     def send_bitmap(self, bitmap: bytes, round_number: int = 0) -> None:
         self._send_frame(Kind.BITMAP, [memoryview(bitmap)], round_number)

@@ -162,8 +162,9 @@ class VCenter:
         self.events.emit("migration.begin", vm=vm, migration=move.migration, source_host=source, destination_host=to)
         try:
             encrypt = move.transport.encrypt
-            ready = self._call(to, control.Prepare(move.vm, move.migration, self.announce, self.schedule_ms, encrypt))
+            order = control.Prepare(move.vm, move.migration, self.announce, self.schedule_ms, encrypt)
             try:
+                ready = self._call(to, order)
                 if task.cancelled:
                     raise ControlError(f"VM {vm} stays on {source}: cancelled")
                 where = (*self.detour(ready["ip"], ready["port"]), ready["token"])

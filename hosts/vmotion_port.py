@@ -6,6 +6,7 @@ the first byte: a TLS record or the protocol's magic. A token decides about ever
 
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,22 +65,34 @@ class VmotionPort:
             yield sock, ip
 
     def open(self, sock: socket.socket) -> tuple[Stream, Any]:
-        """A caller's stream and its first message, Hello or Join."""
+        """A caller's stream and its first message, Hello or Join.
+
+        Each wait for a caller is bounded, but it may send byte by byte: as long as it has shown no token, all of
+        it is bounded too.
+        """
         sock.settimeout(self._timeout_s)
+        bound = threading.Timer(2 * self._timeout_s, lambda: _shut(sock))  # whatever `sock` is by then
+        bound.daemon = True
+        bound.start()
+        try:
+            sock = self._decrypted(sock)
+            stream = Stream(sock, Session("destination", self._entered), self._timeout_s)
+            try:
+                return stream, stream.receive_opening({Kind.JOIN: Session("receiver", self._entered)})
+            except TestbedError:
+                stream.abort("refused")
+                stream.close()
+                raise
+        finally:
+            bound.cancel()
+
+    def _decrypted(self, sock: socket.socket) -> socket.socket:
         try:
             encrypted = sock.recv(1, socket.MSG_PEEK) == _TLS_HANDSHAKE
         except OSError as error:
             sock.close()
             raise VmotionPortError(f"a caller said nothing: {error}") from error
-        if encrypted:
-            sock = self._encrypted(sock, self._called, server_side=True)
-        stream = Stream(sock, Session("destination", self._entered), self._timeout_s)
-        try:
-            return stream, stream.receive_opening({Kind.JOIN: Session("receiver", self._entered)})
-        except TestbedError:
-            stream.abort("refused")
-            stream.close()
-            raise
+        return self._encrypted(sock, self._called, server_side=True) if encrypted else sock
 
     def _encrypted(self, sock: socket.socket, context: ssl.SSLContext, **how: Any) -> ssl.SSLSocket:
         try:
@@ -91,3 +104,11 @@ class VmotionPort:
             safe.close()
             raise VmotionPortError(f"{common_name(safe)!r} is no host that VMs may come from or go to")
         return safe
+
+
+def _shut(sock: socket.socket) -> None:
+    """Whoever waits for the caller hears of its end."""
+    try:
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    except OSError:
+        return  # it has ended already

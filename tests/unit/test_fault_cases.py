@@ -15,7 +15,7 @@ def states() -> set[str]:
     """Every state in which a migration can be stopped: not before it has begun, and not after it has ended."""
     return {
         f"{role}:{state}"
-        for role in ("source", "destination")
+        for role in TABLE
         for row in TABLE[role].values()
         for state in row.values()
         if state not in FINAL

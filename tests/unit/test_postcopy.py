@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pairs import SILENCE_S, memory, page_set, scribble, streams
 
+from hosts import postcopy
 from hosts.packing import packer
 from hosts.postcopy import Filler, Server
 from hosts.protocol import HASH_OF, AllSent, Kind, ProtocolError, RemoteProtocolError, encode_hashes
@@ -128,7 +129,7 @@ def one(page: int) -> np.ndarray:
 
 def push_all(server: Server, stream: Stream, hashes: PageHashes) -> None:
     """What a source does after the resume."""
-    server.push()
+    server.push(lambda left: None)
     stream.send(AllSent(hashes.digest()))
 
 
@@ -371,7 +372,7 @@ def test_what_was_asked_for_is_not_pushed_again() -> None:
         scribble(ends.ram, {1, 2, 3})
         ends.faults[1].send_fetch(2)
         assert receive_pages(ends.faults[1], ends.copy, 1) == {2}
-        server.push()
+        server.push(lambda left: None)
         assert receive_pages(ends.push[1], ends.copy, 1) == {1, 3}
         assert np.array_equal(ends.ram.bytes, ends.copy.bytes)
 
@@ -379,7 +380,7 @@ def test_what_was_asked_for_is_not_pushed_again() -> None:
 def test_what_was_pushed_is_not_sent_again_when_it_is_asked_for() -> None:
     with pair() as ends, serving(ends, {1, 2}) as server:
         scribble(ends.ram, {1, 2})
-        server.push()
+        server.push(lambda left: None)
         for page in (1, 2, 9):  # and what was never missing is not sent at all
             ends.faults[1].send_fetch(page)
         ends.faults[1].close()
@@ -398,7 +399,7 @@ def test_each_page_goes_with_its_hash_and_zero_pages_by_their_number() -> None:
             assert header.kind is kind
             if kind is Kind.PAGES:
                 assert HASH_OF.unpack_from(body, 8)[0] == PageHashes(ends.ram).note_page(1, ends.ram.page(1))
-        server.push()
+        server.push(lambda left: None)
         assert ends.push[0].bytes_sent == 0, "nothing is left"
 
 
@@ -419,7 +420,7 @@ def test_the_digest_after_a_push_knows_the_pages_that_faults_have_claimed() -> N
         with serving(ends, {2}, hashes) as server:
             ends.faults[1].send_fetch(2)
             assert claimed.wait(PEER_TIMEOUT_S)
-            server.push()
+            server.push(lambda left: None)
             digest = hashes.digest()
             pushed.set()
         assert digest == right.digest()
@@ -441,7 +442,7 @@ def test_a_destination_that_is_lost_ends_the_push(gone: str) -> None:
 def _push_for_ever(server: Server) -> None:
     while True:
         server._due[:] = True
-        server.push()
+        server.push(lambda left: None)
 
 
 def test_a_destination_that_asks_for_what_cannot_be_is_named() -> None:
@@ -449,7 +450,7 @@ def test_a_destination_that_asks_for_what_cannot_be_is_named() -> None:
         ends.faults[1].send_fetch(PAGES)
         server._thread.join()
         with pytest.raises(RemoteProtocolError, match=f"FETCH of one page has pages {PAGES} to {PAGES + 1}"):
-            server.push()
+            server.push(lambda left: None)
 
 
 def test_a_destination_that_asks_and_does_not_listen_does_not_hold_up_the_end() -> None:
@@ -468,3 +469,14 @@ def _ask_for_all(stream: Stream, pages: int) -> None:
             stream.send_fetch(page)
     except StreamLost:
         return  # the source does not listen any more
+
+
+def test_a_push_tells_again_and_again_how_much_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postcopy, "_TELL_EVERY_S", 0.0)
+    told: list[int] = []
+    pages = 4 * postcopy._PUSH_PAGES
+    with memory(pages) as ram, pair() as ends:
+        server = Server(ram, np.ones(pages, bool), PageHashes(ram), ends.push[0], ends.faults[0])
+        server.push(told.append)
+        server.close()
+    assert told == [pages, pages * 3 // 4, pages // 2, pages // 4]

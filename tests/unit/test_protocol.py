@@ -75,6 +75,8 @@ def headers(draw: st.DrawFn) -> Header:
         runs = draw(st.integers(1, pages))
         content = draw(st.integers(1, pages * PAGE - 1)) if flags & PACKED else pages * PAGE
         length = 8 * runs + (8 * pages if Flag.HASHED in flags else 0) + content
+    elif kind is Kind.SUSPENDING:
+        flags = draw(st.sampled_from([PLAIN, Flag.SHORT]))
     elif kind in (Kind.ZERO, Kind.FETCH):
         runs = draw(st.integers(1, LIMITS[kind] // 8))
         pages = draw(st.integers(runs, 2**32 - 1))
@@ -133,7 +135,10 @@ def test_any_28_bytes_are_a_header_within_its_limits_or_the_peers_fault(data: by
         assert header.pages >= header.runs
     else:
         assert header.pages == header.runs == 0
-    assert header.kind is Kind.PAGES or header.flags == PLAIN
+    if header.flags & Flag.SHORT:
+        assert header.kind is Kind.SUSPENDING
+    if header.flags & ~Flag.SHORT:
+        assert header.kind is Kind.PAGES
 
 
 HASHED, ZSTD, LZ4 = Flag.HASHED, Flag.ZSTD, Flag.LZ4
@@ -150,6 +155,8 @@ WHOLE = 2 * PAGE
         ((b"VMOT", Kind.STATE, HASHED, 0, 0, 0, 1, 20), "STATE with unknown flags 0x4"),
         ((b"VMOT", Kind.ZERO, ZSTD, 0, 1, 1, 1, 8), "ZERO with unknown flags 0x1"),
         ((b"VMOT", Kind.PAGES, 8, 0, 2, 1, 1, WHOLE + 8), "PAGES with unknown flags 0x8"),
+        ((b"VMOT", Kind.SUSPENDING, HASHED, 0, 0, 0, 1, 0), "SUSPENDING with unknown flags 0x4"),
+        ((b"VMOT", Kind.ROUND_END, 8, 0, 0, 0, 1, 0), "ROUND_END with unknown flags 0x8"),
         ((b"VMOT", Kind.PAGES, ZSTD | LZ4, 0, 2, 1, 1, 100), "PAGES with unknown flags 0x3"),
         ((b"VMOT", Kind.HELLO, 0, 0, 0, 0, 1, 4097), "HELLO of 4097 bytes; at most 4096"),
         ((b"VMOT", Kind.STATE, 0, 0, 0, 0, 1, 2**32 - 1), "STATE of 4294967295 bytes"),
