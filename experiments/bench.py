@@ -143,10 +143,13 @@ def precopy(folder: Path, samples: int) -> list[Row]:
         bounds = [move.bound_ms(mbps) for mbps, move in pairs]
         moves = [move for _, move in pairs] + [lab.move() for _ in range(_P99_SAMPLES - samples)]
         downtimes = [move.timeline.downtime_ms for move in moves]
+        filled = lab.vm.ram * lab.vm.fill
+        sent = [move.outcome.bytes_on_wire / filled for move in moves]
         predicted = [move.outcome.predicted_downtime_ms or 0.0 for move in moves]
-        # the bound is of the bytes of the same move: the ratio says how busy the link was, not how few they were
+        # the bound is of the bytes of the same move: that ratio says how busy the link was, the next how few they were
         return [
             ratio_row("total time / lower bound", lab.conditions, "ms", totals, bounds, at_most=1.05),
+            row("bytes sent / bytes of RAM that are filled", lab.conditions, "", sent),
             row("downtime", lab.conditions, "ms", downtimes, 20, 50),
             row("  as it was predicted", lab.conditions, "ms", predicted),
             *(

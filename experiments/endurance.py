@@ -8,6 +8,7 @@
 What would wear out, measured after a few moves and again at the end, each on the host where the VM is then:
 
     memory, file descriptors and threads of both agents; of the guest's process and of the controller
+    guest RAM that the agents have mapped: of a VM that has left nothing may stay
     TCP sockets of the VM, and their send and receive buffers (the buffers that a move puts back must not grow)
     guest processes
 
@@ -54,6 +55,7 @@ class Holdings:
     descriptors: dict[str, int]
     threads: dict[str, int]
     processes: int
+    mapped_rams: int
     vm_sockets: int
     send_buffer: int
     receive_buffer: int
@@ -127,6 +129,7 @@ def grown(before: Holdings, after: Holdings) -> dict[str, bool]:
         "descriptors_did_not_grow": descriptors,
         "threads_did_not_grow": all(after.threads[name] <= n + 2 for name, n in before.threads.items()),
         "processes_did_not_grow": after.processes <= before.processes,
+        "guest_ram_did_not_stay": after.mapped_rams <= before.mapped_rams,
         "sockets_did_not_grow": after.vm_sockets <= before.vm_sockets,
         "buffers_did_not_grow": after.send_buffer <= after.send_limit and after.receive_buffer <= after.receive_limit,
     }
@@ -150,6 +153,7 @@ def holdings(testbed: Testbed, vm: str) -> Holdings:
         descriptors={name: len(list(Path(f"/proc/{pid}/fd").iterdir())) for name, pid in pids.items()},
         threads={name: len(list(Path(f"/proc/{pid}/task").iterdir())) for name, pid in pids.items()},
         processes=len(guest_pids()),
+        mapped_rams=sum(Path(f"/proc/{pid}/maps").read_text().count("/memfd:") for pid in pids.values()),
         vm_sockets=sockets.count("skmem:"),
         send_buffer=max(map(int, re.findall(r"\btb(\d+)", sockets)), default=0),
         receive_buffer=max(map(int, re.findall(r"\brb(\d+)", sockets)), default=0),

@@ -17,7 +17,19 @@ freeze-peer                              SIGSTOP to the other side's agent, unti
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+
+from hosts.policy import Policy
+from hosts.transport import Transport
+
+# How the VM moves; a hybrid that no pre-copy suffices for, a guest that has to be throttled at once
+WAYS = {
+    "precopy": (Policy(), Transport()),
+    "postcopy": (Policy(mode="postcopy"), Transport()),
+    "hybrid": (Policy(mode="hybrid", downtime_ms=0.001), Transport()),
+    "throttled": (Policy(timeout_s=0.1, timeout_strategy="throttle"), Transport(bandwidth_limit=20_000_000)),
+    "streams": (Policy(), Transport(streams=3)),
+    "encrypted": (Policy(), Transport(encrypt=True)),
+}
 
 INJURIES = (
     "kill-source-agent",
@@ -28,7 +40,7 @@ INJURIES = (
     "freeze-peer",
 )
 
-# mode, state, and the end after each injury, in the order above
+# way, state, and the end after each injury, in the order above
 _TABLE = """
     precopy   source:greeting          S   S   C   S   S   S
     precopy   source:precopy           S   S   C   S   S   S
@@ -52,6 +64,12 @@ _TABLE = """
     postcopy  destination:resumed      C   C   D   C   C   C
     postcopy  destination:filling      C   C   D   C   C   C
     postcopy  destination:filled       D   C   D   C   D   D
+    streams   sender:joining           S   S   C   S   S   S
+    streams   sender:streaming         S   S   C   S   S   S
+    streams   sender:round_ended       S   S   C   S   S   S
+    streams   receiver:joined          S   S   C   S   S   S
+    streams   receiver:streaming       S   S   C   S   S   S
+    streams   receiver:round_ended     S   S   C   S   S   S
 """
 
 
@@ -63,12 +81,22 @@ class End(Enum):
 
 @dataclass(frozen=True)
 class Case:
-    """`at`: the state at which the migration is stopped, "" for nowhere; `ends`: which are right."""
+    """`way`: how the VM moves; `at`: the state at which that is stopped, "" for nowhere; `ends`: which are right.
+
+    At "throttled" nothing is stopped: the guest's speed has just been taken from it.
+    `says`: words that the hosts must have for it, if the end alone does not tell what was noticed.
+    """
 
     injury: str
     at: str
-    mode: Literal["precopy", "postcopy"]
+    way: str
     ends: frozenset[End]
+    says: str = ""
+
+    @property
+    def at_source(self) -> bool:
+        """Is it the source's side that is stopped?"""
+        return self.at.startswith(("source:", "sender:", "throttled"))
 
     @property
     def unsure(self) -> bool:
@@ -77,9 +105,10 @@ class Case:
 
     @property
     def name(self) -> str:
-        if self.at:
-            return f"{self.injury}@{self.at}"
-        return self.injury if self.mode == "precopy" else f"{self.injury}-in-{self.mode}"
+        """The way is told unless the state tells it."""
+        where = f"@{self.at}" if self.at else ""
+        told = self.way == "precopy" or (self.at and self.way in ("postcopy", "streams", "throttled"))
+        return f"{self.injury}{where}" + ("" if told else f"-in-{self.way}")
 
 
 def _ends(letters: str) -> frozenset[End]:
@@ -89,9 +118,8 @@ def _ends(letters: str) -> frozenset[End]:
 def _tabled() -> list[Case]:
     cases = []
     for line in _TABLE.strip().splitlines():
-        name, state, *ends = line.split()
-        mode: Literal["precopy", "postcopy"] = "postcopy" if name == "postcopy" else "precopy"
-        cases += [Case(injury, state, mode, _ends(end)) for injury, end in zip(INJURIES, ends, strict=True)]
+        way, state, *ends = line.split()
+        cases += [Case(injury, state, way, _ends(end)) for injury, end in zip(INJURIES, ends, strict=True)]
     return cases
 
 
@@ -108,14 +136,25 @@ _OTHERS = [
     # a source that does not know whether the destination has claimed, and dies
     Case("kill-source-agent", "source:uncertain", "precopy", _ends("D")),
     Case("kill-source-agent", "source:doubtful", "postcopy", _ends("S")),
+    # other ways of moving, which share the states above
+    Case("kill-target-agent", "source:suspended", "hybrid", _ends("S")),
+    Case("cut", "destination:rebuilding", "hybrid", _ends("S")),
+    Case("kill-source-agent", "destination:filling", "hybrid", _ends("C")),
+    Case("kill-source-agent", "throttled", "throttled", _ends("S")),
+    Case("kill-target-agent", "throttled", "throttled", _ends("S")),
+    Case("cut", "throttled", "throttled", _ends("S")),
+    Case("kill-target-agent", "destination:receiving", "encrypted", _ends("S")),
+    Case("cut", "source:handed_over", "encrypted", _ends("S")),
+    Case("freeze-peer", "destination:claimed", "encrypted", _ends("D")),
     # memory and storage
-    Case("destination-out-of-memory", "", "precopy", _ends("S")),
-    Case("datastore-unreachable", "destination:restoring", "precopy", _ends("S")),
-    Case("datastore-unreachable", "destination:rebuilding", "postcopy", _ends("S")),
+    Case("destination-out-of-memory", "", "precopy", _ends("S"), "no memory to map"),
+    Case("datastore-unreachable", "destination:restoring", "precopy", _ends("S"), "cannot be claimed"),
+    Case("datastore-unreachable", "destination:rebuilding", "postcopy", _ends("S"), "cannot be claimed"),
     Case("datastore-away-for-a-while", "source:uncertain", "precopy", _ends("S")),
     # a byte of the stream is another one when it arrives
-    Case("corrupt-byte", "", "precopy", _ends("S")),
-    Case("corrupt-byte", "", "postcopy", _ends("C")),
+    Case("corrupt-byte", "", "precopy", _ends("S"), "RAM differs"),
+    Case("corrupt-byte", "", "postcopy", _ends("C"), "a page was changed on its way"),
+    Case("corrupt-byte", "", "encrypted", _ends("S"), "bad record mac"),
     # the announcement
     Case("rarp-lost", "", "precopy", _ends("D")),
     Case("rarp-duplicated", "destination:running", "precopy", _ends("D")),

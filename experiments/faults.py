@@ -9,6 +9,7 @@ For each case (experiments/fault_cases.py) a client uses the VM all the time. Af
     end            it is one of those that the table has for the case
     one_vm         exactly one process runs the VM, on one host (none after a cold end)
     ledger         every acknowledged transaction is there exactly once, over the same connection (not after a cold end)
+    noticed        the hosts say what went wrong, where that is not plain from the end
     nothing_stray  no other guest process, no other port of the VM, no migration left at an agent
     full_speed     the VM's workload writes as fast as it should
     retry          after that the VM moves to the other host, and its RAM has equal digests
@@ -33,13 +34,12 @@ import msgspec
 from experiments import injuries, report
 from experiments.children import READY, Child, wait_until_up
 from experiments.cli import script
-from experiments.fault_cases import Case, End, all_cases, short_cases
+from experiments.fault_cases import WAYS, Case, End, all_cases, short_cases
 from experiments.injuries import Heal, Scene
 from experiments.run import Run
 from experiments.streams import TransactionsResult
 from experiments.testbed import Testbed, guest_pids
 from experiments.verdict import Findings
-from hosts.policy import Policy
 from hosts.ram import PAGE
 from hosts.tasks import Task
 from topologies.errors import TestbedError, UsageError
@@ -131,6 +131,7 @@ def play(testbed: Testbed, vm: str, case: Case) -> Verdict:
         end = _end(scene)
         checks = {"end": end in case.ends, "one_vm": _one_vm(scene, end)}
         checks["ledger"] = end is End.COLD or clerk.nothing_lost()
+        checks["noticed"] = case.says in _reasons(scene, task)
     checks["nothing_stray"] = _nothing_stray(scene, end)
     if end is End.COLD:
         vcenter.power_on(vm)
@@ -150,7 +151,7 @@ def _migrate_with(scene: Scene, case: Case) -> Task[Any]:
             heals.append(_injure(scene, case))
             _start(scene, case)
         else:
-            host = scene.source if at.startswith("source:") else scene.target
+            host = scene.source if case.at_source else scene.target
             heals += _stop_at(scene, case, host)
             heals.insert(0 if case.injury == "datastore-away-for-a-while" else len(heals), _injure(scene, case))
             if case.injury != f"kill-{'source' if host == scene.source else 'target'}-agent":
@@ -168,13 +169,18 @@ def _migrate_with(scene: Scene, case: Case) -> Task[Any]:
 def _stop_at(scene: Scene, case: Case, host: str) -> list[Heal]:
     """A migration that has stopped at the case's state."""
     vcenter, reached = scene.testbed.vcenter, len(_events(scene, "breakpoint.reached"))
+    if case.at == "throttled":
+        throttled = len(_events(scene, "guest.throttled"))
+        _start(scene, case)
+        _until(lambda: len(_events(scene, "guest.throttled")) > throttled, f"{case.name}: the guest is throttled")
+        return []
     vcenter.breakpoint(host, case.at)
     if not case.unsure:
         _start(scene, case)
         _until(lambda: len(_events(scene, "breakpoint.reached")) > reached, f"{case.name} has come to {case.at}")
         return []
     # a source becomes unsure if its destination, about to claim, says nothing
-    vcenter.breakpoint(scene.target, "destination:restoring" if case.mode == "precopy" else "destination:rebuilding")
+    vcenter.breakpoint(scene.target, "destination:rebuilding" if case.way == "postcopy" else "destination:restoring")
     _start(scene, case)
     _until(lambda: len(_events(scene, "breakpoint.reached")) > reached, f"{case.name}: the destination is restoring")
     thaw = injuries.freeze_agent(scene, scene.target)
@@ -189,7 +195,8 @@ def _stop_at(scene: Scene, case: Case, host: str) -> list[Heal]:
 
 
 def _start(scene: Scene, case: Case) -> None:
-    scene.testbed.vcenter.start_migration(scene.vm, scene.target, Policy(mode=case.mode))
+    policy, transport = WAYS[case.way]
+    scene.testbed.vcenter.start_migration(scene.vm, scene.target, policy, transport=transport)
 
 
 def _let_it_work(task: Task[Any], case: Case) -> None:
@@ -204,7 +211,7 @@ def _let_it_work(task: Task[Any], case: Case) -> None:
 
 def _injure(scene: Scene, case: Case) -> Heal:
     source, target = scene.source, scene.target
-    peer = target if case.at.startswith("source:") else source
+    peer = target if case.at_source else source
     injure: dict[str, Callable[[], Heal]] = {
         "kill-source-agent": lambda: injuries.kill_agent(scene, source),
         "kill-target-agent": lambda: injuries.kill_agent(scene, target),
@@ -315,6 +322,14 @@ def _said(task: Task[Any]) -> str:
     except TestbedError as error:
         return str(error)
     return "moved"
+
+
+def _reasons(scene: Scene, task: Task[Any]) -> str:
+    """What the migration and the hosts say."""
+    migration = _events(scene, "migration.ordered")[-1]["migration"]
+    events = read_events(scene.testbed.run.events_file)
+    reasons = [str(e["reason"]) for e in events if e.get("migration") == migration and "reason" in e]
+    return "\n".join([_said(task), *reasons])
 
 
 def _events(scene: Scene, kind: str) -> list[Any]:

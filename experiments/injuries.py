@@ -9,17 +9,17 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from experiments.children import READY, wait_until_up
 from experiments.testbed import Testbed, guest_pids
 from experiments.world import run as run_program
+from hosts.protocol import PORT
 from topologies.errors import TestbedError
 
 Heal = Callable[[], None]
 
 _MEDDLER_PORT = 8001
-# Less than any guest maps: its agent finds no memory for it
-_LITTLE_MEMORY_BYTES = 64 * 2**20
 # So far into the stream that it hits a page that is sent once: the working set, which is written to, comes first
 _INTO_THE_PAGES = 20_000_000
 
@@ -70,10 +70,12 @@ def hide_datastore(scene: Scene) -> Heal:
 
 
 def take_memory(scene: Scene, host: str) -> Heal:
-    """The agent and the guests that it starts may map no more."""
+    """The agent may map so much more as its work takes, and not the RAM of the VM."""
     pid = scene.testbed.children[f"agent-{host}"].process.pid
+    mapped = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.prlimit(pid, resource.RLIMIT_AS)
-    resource.prlimit(pid, resource.RLIMIT_AS, (_LITTLE_MEMORY_BYTES, before[1]))
+    limit = mapped + scene.testbed.run.plan.vm(scene.vm).ram // 2
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, before[1]))
 
     def heal() -> None:
         resource.prlimit(pid, resource.RLIMIT_AS, before)
@@ -83,12 +85,12 @@ def take_memory(scene: Scene, host: str) -> Heal:
 
 def corrupt(scene: Scene) -> Heal:
     """The next stream takes a way on which one byte of a page is changed."""
-    testbed, plan = scene.testbed, scene.testbed.run.plan
-    here, there = plan.host(scene.source).vmotion_port.ip, plan.host(scene.target).vmotion_port.ip
-    words = [here, str(_MEDDLER_PORT), there, "8000", str(_INTO_THE_PAGES)]
-    child = testbed.start_child("meddler", testbed.popen(scene.source), "experiments.meddler", *words)
+    testbed = scene.testbed
+    ip = testbed.run.plan.host(scene.target).vmotion_port.ip
+    words = [ip, str(_MEDDLER_PORT), str(PORT), str(_INTO_THE_PAGES)]
+    child = testbed.start_child("meddler", testbed.popen(scene.target), "experiments.meddler", *words)
     wait_until_up([child], READY, time.monotonic() + 10)
-    testbed.vcenter.detour = lambda _ip, _port: (here, _MEDDLER_PORT)
+    testbed.vcenter.detour = lambda ip, _port: (ip, _MEDDLER_PORT)
 
     def heal() -> None:
         testbed.vcenter.detour = lambda ip, port: (ip, port)

@@ -1,6 +1,6 @@
 """A stream with one byte changed: what a broken network card, or somebody on the cable, would do.
 
-    python -m experiments.meddler LISTEN_IP LISTEN_PORT TO_IP TO_PORT BYTE       writes "ready" when it listens
+    python -m experiments.meddler IP LISTEN_PORT TO_PORT BYTE       writes "ready" when it listens
 
 Forwards TCP connections; of the first one, the byte at offset BYTE of what the caller sends is inverted.
 """
@@ -13,13 +13,12 @@ from experiments.children import say_ready
 
 
 def main() -> None:
-    here, port, there, its_port, offset = sys.argv[1:6]
-    at = int(offset)
-    with socket.create_server((here, int(port))) as listener:
+    ip, (port, to_port, at) = sys.argv[1], map(int, sys.argv[2:5])
+    with socket.create_server((ip, port)) as listener:
         say_ready()
         while True:
             caller, _ = listener.accept()
-            called = socket.create_connection((there, int(its_port)), source_address=(here, 0))
+            called = socket.create_connection((ip, to_port))
             threading.Thread(target=_forward, args=(caller, called, at), daemon=True).start()
             threading.Thread(target=_forward, args=(called, caller, -1), daemon=True).start()
             at = -1

@@ -1,14 +1,17 @@
 """Whatever breaks at whatever state of a migration, the end is the one that was promised (experiments/faults.py)."""
 
 import dataclasses
+import time
 from collections.abc import Iterator
 
 import pytest
-from testbeds import small_testbed
+from testbeds import elsewhere, events, small_testbed
 
 from experiments.fault_cases import Case, all_cases, short_cases
 from experiments.faults import PEER_TIMEOUT_S, play
 from experiments.testbed import Testbed
+from hosts import control
+from hosts.announce import SCHEDULE_MS
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +21,20 @@ def testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
     with testbed:
         testbed.vcenter.power_on("vm1")
         yield testbed
+
+
+def test_a_preparation_that_nobody_comes_for_is_given_up_and_the_vm_can_move(testbed: Testbed) -> None:
+    there = elsewhere(testbed)
+    order = control.Prepare(testbed.run.plan.vm("vm1"), "vm1-0badcafe", "rarp", SCHEDULE_MS)
+    testbed.vcenter._call(there, order)
+    assert testbed.vcenter.status()[there]["migrations"]
+    deadline = time.monotonic() + 20 * PEER_TIMEOUT_S
+    while testbed.vcenter.status()[there]["migrations"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    (discarded,) = events(testbed, "migration.discarded", migration="vm1-0badcafe")
+    assert discarded["reason"] == f"no source has come within {10 * PEER_TIMEOUT_S:g} s"
+    assert testbed.vcenter.migrate("vm1", there).outcome.digests_equal
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
