@@ -14,7 +14,7 @@ with pages still to come (post-copy) cannot go on without that agent: it is ende
 from enum import Enum
 from pathlib import Path
 
-from hosts.datastore import Claim
+from hosts.datastore import Claim, DatastoreError
 from hosts.guest import end_guest, is_whole
 from hosts.machine import Machine, Site
 
@@ -25,9 +25,9 @@ class Fate(Enum):
     DISCARDED = "discarded"
 
 
-def fate(newest: Claim | None, host: str, state: str) -> Fate:
+def fate(newest: Claim, host: str, state: str) -> Fate:
     """What becomes of a guest found on `host` in a state of hosts/channel.py."""
-    if newest is None or not newest.running or newest.host != host:
+    if not newest.running or newest.host != host:
         return Fate.DISCARDED
     return Fate.GOES_ON if state == "running" else Fate.RUNS_AGAIN
 
@@ -52,7 +52,7 @@ def _bury(site: Site, home: Path) -> None:
     vm, host = home.stem, site.host.name
     end_guest(home)
     newest = site.datastore.newest(vm)
-    ours = fate(newest, host, "") is not Fate.DISCARDED
+    ours = newest and fate(newest, host, "") is not Fate.DISCARDED
     if newest and ours and site.datastore.claim(vm, newest.generation + 1, host, running=False):
         site.events.emit("vm.lost", vm=vm, generation=newest.generation + 1)
 
@@ -61,17 +61,19 @@ def _settle(machine: Machine, state: str) -> bool:
     site, vm = machine.site, machine.vm.name
     while True:
         newest = site.datastore.newest(vm)
+        if newest is None:  # whoever runs has a claim: this is not the datastore on which it was made
+            raise DatastoreError(f"VM {vm} is here, and its datastore has never heard of it; is it mounted?")
         match fate(newest, site.host.name, state):
             case Fate.DISCARDED:
                 machine.dismantle()
-                machine.emit("vm.discarded", state=state, owner=newest and newest.host)
+                machine.emit("vm.discarded", state=state, owner=newest.host)
                 return False
-            case Fate.GOES_ON if newest:
+            case Fate.GOES_ON:
                 machine.generation = newest.generation
                 machine.port.open()
                 machine.emit("vm.adopted", state=state, generation=machine.generation)
                 return True
-            case Fate.RUNS_AGAIN if newest and site.datastore.claim(vm, newest.generation + 1, site.host.name):
+            case Fate.RUNS_AGAIN if site.datastore.claim(vm, newest.generation + 1, site.host.name):
                 machine.generation = newest.generation + 1
                 machine.port.open()
                 machine.guest.run()

@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,7 +29,7 @@ from hosts.destination import IncomingMigration
 from hosts.guest import GuestEnded
 from hosts.machine import Machine, Site
 from hosts.protocol import Hello, Join
-from hosts.source import MigrationFailed, Outcome, OutgoingMigration
+from hosts.source import Outcome, OutgoingMigration
 from hosts.stream import PEER_TIMEOUT_S, Stream, StreamLost
 from hosts.vmotion_port import VmotionPort
 from topologies.errors import TestbedError
@@ -59,7 +59,6 @@ class Agent:
         self._patience_s = _TIMEOUTS_UNTIL_GIVEN_UP * peer_timeout_s
         self.machines: dict[str, Machine] = {}
         self.arriving: dict[str, IncomingMigration] = {}  # by migration
-        self._expiries: dict[str, threading.Timer] = {}  # by migration that arrives: then it is given up
         self.receiving: dict[str, IncomingMigration] = {}  # by migration: its stream has begun
         self.leaving: dict[str, OutgoingMigration] = {}  # by migration
         self.progress: dict[str, Any] = {}  # by migration that leaves: what its source said last
@@ -145,11 +144,9 @@ class Agent:
             machine = Machine.build(self.site, vm, request.announce, request.schedule_ms)
             undo.callback(machine.dismantle)
             incoming = IncomingMigration(machine, request.migration, newest.generation + 1, request.encrypt)
-            expiry = self._expiries[request.migration] = threading.Timer(self._patience_s, self._expire, [incoming])
-            expiry.daemon = True
+            incoming.expire_after(self._patience_s, self._expire)
             with self.lock:
                 self.arriving[request.migration] = incoming
-            expiry.start()
             undo.pop_all()  # reserved until it has arrived or is discarded
         machine.emit("migration.prepared", migration=request.migration)
         return {"token": incoming.token, "ip": self.site.host.vmotion_port.ip, "port": protocol.PORT}
@@ -166,16 +163,11 @@ class Agent:
             outgoing = OutgoingMigration(machine, request.migration, connect, request.policy, request.transport, notify)
             self.leaving[request.migration] = outgoing
             try:
-                outcome = outgoing.run(request.token)
-            except MigrationFailed:  # the VM is here
-                raise
-            except Exception:  # it is not, even if what went wrong is a bug of ours
-                self._discard_left(machine, request.migration)
-                raise
+                return outgoing.run(request.token)
             finally:
                 del self.leaving[request.migration]
-            self._discard_left(machine, request.migration)
-        return outcome
+                if outgoing.left:
+                    self._discard_left(machine, request.migration)
 
     def _discard_left(self, machine: Machine, migration: str) -> None:
         """The VM is another host's now."""
@@ -202,7 +194,7 @@ class Agent:
 
     def _abandon(self, request: control.Abandon) -> dict[str, Any]:
         with self.lock:
-            incoming = self._no_longer_arriving(request.migration)
+            incoming = self.arriving.pop(request.migration, None)
             receiving = self.receiving.get(request.migration)
         if incoming is not None:
             self._discard(incoming, "abandoned")
@@ -214,18 +206,11 @@ class Agent:
     def _expire(self, incoming: IncomingMigration) -> None:
         """Whoever ordered the migration is gone."""
         with self.lock:
-            expired = self._no_longer_arriving(incoming.migration) is not None
-        if expired:
+            expired = self.arriving.pop(incoming.migration, None)
+        if expired is not None:
             why = f"no source has come within {self._patience_s:g} s"
             self.log(f"migration {incoming.migration}: {why}")
             self._discard(incoming, why)
-
-    def _no_longer_arriving(self, migration: str) -> IncomingMigration | None:
-        """With the lock."""
-        incoming = self.arriving.pop(migration, None)
-        if incoming is not None:
-            self._expiries.pop(migration).cancel()
-        return incoming
 
     def _status(self) -> dict[str, Any]:
         with self.lock:  # migrations first: what has just come to its end shows among the VMs
@@ -288,8 +273,8 @@ class Agent:
             if incoming is None or not incoming.admits(opening.token, stream.encrypted):
                 raise AgentError(f"no migration {opening.migration!r} is prepared for this caller")
             if isinstance(opening, Hello):
-                self._no_longer_arriving(opening.migration)
-                self.receiving[opening.migration] = incoming
+                self.receiving[opening.migration] = self.arriving.pop(opening.migration)
+                incoming.expiry.cancel()
         return incoming
 
     def _take_more_in(self, incoming: IncomingMigration, stream: Stream, join: Join) -> None:
@@ -332,6 +317,7 @@ class Agent:
         machine.emit("vm.lost", migration=migration, generation=generation, reason=why)
 
     def _discard(self, incoming: IncomingMigration, why: str) -> None:
+        incoming.expiry.cancel()
         try:
             incoming.machine.dismantle()
             incoming.machine.emit("migration.discarded", migration=incoming.migration, reason=why)
@@ -361,13 +347,19 @@ class Agent:
         return self.machines[vm]
 
     def log(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):  # on a full disk the work goes on
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End every VM that is here."""
-        coming = [incoming.machine for incoming in (*self.arriving.values(), *self.receiving.values())]
+        """End every VM that is here; one that is coming is refused, if it has not come yet."""
+        with self.lock:
+            receiving = list(self.receiving.values())
+        for incoming in receiving:
+            incoming.refuse()
+        for incoming in receiving:
+            incoming.ended.wait(_DISCARDED_WITHIN_S)
         with ExitStack() as steps:  # each, whatever becomes of the others
-            for machine in (*coming, *self.machines.values()):
+            for machine in (*(incoming.machine for incoming in self.arriving.values()), *self.machines.values()):
                 steps.callback(machine.dismantle)
 
 

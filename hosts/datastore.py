@@ -90,11 +90,8 @@ class LocalDatastore:
     def _generations(self, vm: str) -> list[int]:
         name = re.compile(rf"\.lck-{re.escape(vm)}\.(\d+)")
         try:
-            names = os.listdir(self._folder / vm)
-        except FileNotFoundError as error:
-            if not self._folder.exists():  # a datastore out of sight is not one without VMs
-                raise DatastoreError(f"VM {vm}: the datastore {self._folder} cannot be reached") from error
-            return []
+            # a datastore out of sight is not one without VMs
+            names = os.listdir(self._folder / vm) if vm in os.listdir(self._folder) else []
         except OSError as error:
             raise DatastoreError(f"VM {vm}: its folder cannot be read: {error}") from error
         return [int(match[1]) for entry in names if (match := name.fullmatch(entry))]

@@ -13,6 +13,7 @@ fill          post-copy only: the pages named in the bitmap, those first that th
 import hmac
 import secrets
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -66,6 +67,9 @@ class IncomingMigration:
         self.resumed = False  # it runs here
         self.arrived = False  # it does, with all of its RAM
         self.ended = threading.Event()
+        self.expiry = threading.Timer(0.0, lambda: None)
+        self._refused = False
+        self._main: Stream | None = None
         self._joining = threading.Condition()  # of the four below
         self._faults: Stream | None = None
         self._lanes: list[Stream] = []
@@ -76,11 +80,24 @@ class IncomingMigration:
     def admits(self, token: str, encrypted: bool) -> bool:
         return hmac.compare_digest(self.token.encode(), token.encode()) and encrypted == self.encrypt
 
+    def expire_after(self, seconds: float, expire: Callable[["IncomingMigration"], None]) -> None:
+        """Call `expire` then, unless `expiry` is cancelled."""
+        self.expiry = threading.Timer(seconds, expire, [self])
+        self.expiry.daemon = True
+        self.expiry.start()
+
+    def refuse(self) -> None:
+        """From another thread: the VM shall not come, if it has not been claimed yet."""
+        self._refused = True
+        if self._main is not None and self.machine.generation == 0:
+            self._main.interrupt()
+
     def run(self, stream: Stream, hello: Hello) -> None:
         """Until the VM runs here, with all of its RAM.
 
         IncomingFailed before the point of no return; nothing of it was seen outside. IncomingLost behind it.
         """
+        self._main = stream
         try:
             self._run(stream, hello)
         finally:
@@ -227,7 +244,7 @@ class IncomingMigration:
     def restore(self, state: State) -> None:
         self.digest = self.hashes.digest(without=self._missing)
         if self.digest != state.ram_digest:
-            raise TestbedError(f"RAM differs: digest {self.digest} here, {state.ram_digest} at the source")
+            raise IncomingFailed(f"RAM differs: digest {self.digest} here, {state.ram_digest} at the source")
         self._emit("ram.verified", ram_digest=self.digest)
         self.machine.guest.restore(state.device)
         self._emit("sockets.restored")
@@ -237,6 +254,8 @@ class IncomingMigration:
         machine = self.machine
         if self._filler is not None:
             self._filler.check()
+        if self._refused:
+            raise IncomingFailed(f"{machine.site.host.name} is shutting down")
         if not machine.site.datastore.claim(machine.vm.name, self.generation, machine.site.host.name):
             stream.session.step("claim lost")
             raise IncomingFailed(f"generation {self.generation} was claimed by another host first")

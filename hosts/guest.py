@@ -150,6 +150,7 @@ class LightGuest(Guest):
         # the new mount namespace is for /sys, which shows the network namespace it is mounted in
         inside = 'mount -t sysfs sysfs /sys && exec "$@"'
         with socket.socket(socket.AF_UNIX) as listener, open(log, "ab") as out:
+            said_before = out.tell()  # by earlier guests of this VM
             try:
                 listener.bind(str(home))
                 listener.listen()
@@ -174,8 +175,10 @@ class LightGuest(Guest):
             status = process.wait()
             connection.close()
             home.unlink()
-            why = str(error) if isinstance(error, TestbedError) else f"its guest process ended with status {status}"
-            raise GuestError(f"VM {vm.name} cannot be started: {why}; {_last_words(log)}") from error
+            if isinstance(error, TestbedError):
+                raise GuestError(f"VM {vm.name} cannot be started: {error}") from error
+            said = _last_words(log, said_before)
+            raise GuestError(f"VM {vm.name}: its guest process ended with status {status}{said}; see {log}") from error
         guest.vm, guest.memo = vm, memo
         return guest
 
@@ -183,9 +186,12 @@ class LightGuest(Guest):
     def adopt(cls, home: Path, log: Path) -> "LightGuest":
         """The guest behind a socket, which another agent has started. GuestEnded if there is none any more."""
         try:
-            connection = _connect(home)
-            connection.settimeout(_BOOT_TIMEOUT_S)  # it may be filling its RAM
-            return cls(home, log, connection, None)
+            with ExitStack() as undo:
+                connection = undo.enter_context(_connect(home))
+                connection.settimeout(_BOOT_TIMEOUT_S)  # it may be filling its RAM
+                guest = cls(home, log, connection, None)
+                undo.pop_all()
+            return guest
         except TimeoutError:
             raise GuestError(f"the guest at {home} does not answer, or another agent has it; see {log}") from None
         except (EOFError, ConnectionError, FileNotFoundError) as error:
@@ -314,11 +320,11 @@ class LightGuest(Guest):
         return GuestError(f"VM {self.vm.name}: its guest process {self.pid} {how}; see {self._log}")
 
 
-def _last_words(log: Path) -> str:
-    """What a guest's process said last, and where to read more."""
-    lines = log.read_text(errors="replace").split("\n")
+def _last_words(log: Path, begin: int) -> str:
+    """The last line that was written behind `begin`, as the end of a sentence; empty if there is none."""
+    lines = log.read_bytes()[begin:].decode(errors="replace").split("\n")
     last = next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
-    return f"{last}; see {log}" if last else f"see {log}"
+    return f" ({last})" if last else ""
 
 
 def _connect(home: Path) -> socket.socket:

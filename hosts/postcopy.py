@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from hosts.pace import Pace
 from hosts.protocol import (
     HASH_BYTES,
     HASH_OF,
@@ -41,7 +42,6 @@ from topologies.errors import TestbedError
 _PUSH_PAGES = 64
 # In the host's queue: a millisecond of a 1 Gbit/s cable, twice that as the kernel counts (socket(7))
 _PUSH_QUEUE_BYTES = 128 * 1024
-_TELL_EVERY_S = 0.1
 
 _UNDUE = "the source sent a page twice, or one that it had not listed"
 _CHANGED = "a page was changed on its way"
@@ -63,19 +63,19 @@ class Server:
     def push(self, report: Callable[[int], None]) -> None:
         """Send all that has not been asked for; StreamLost if the hosts lose each other.
 
-        `report` hears again and again how many pages are left.
+        `report` hears again and again how many pages are left, in the end 0.
         """
         self._push.keep_queue_short(_PUSH_QUEUE_BYTES)
         with self._lock:  # what a fault has claimed is hashed by now
             due = np.flatnonzero(self._due)
-        told = 0.0
+        pace = Pace()
         for chunk in chunks(runs_of(due), _PUSH_PAGES):
             if self._error is not None:
                 raise self._error
-            if time.monotonic() - told >= _TELL_EVERY_S:
-                told = time.monotonic()
+            if pace.due():
                 report(int(self._due.sum()))
             self._send(self._claim(pages_of(chunk)))
+        report(0)
 
     def close(self) -> None:
         self._faults.interrupt()

@@ -14,6 +14,7 @@ import numpy as np
 
 from hosts.feed import Feed
 from hosts.machine import Machine
+from hosts.pace import Pace
 from hosts.policy import (
     Action,
     Decision,
@@ -29,7 +30,6 @@ from hosts.protocol import CHUNK_PAGES
 from hosts.ram import NO_RUNS, PAGE, chunks, count, mask_of, runs_from, runs_of
 from topologies.errors import TestbedError
 
-_TELL_EVERY_S = 0.1
 # How long the guest is watched before the policy is asked again within a round (QEMU's periods are about 1 s)
 _PERIOD_S = 0.5
 # Stretches with less to send would cost more than they save.
@@ -80,7 +80,7 @@ class PreCopy:
 
     def run(self) -> Decision:
         """Rounds until the decision is another than CONTINUE."""
-        self._began, self._told = time.monotonic(), time.monotonic()
+        self._began, self._pace = time.monotonic(), Pace()
         self._emit("rounds.begin", mode=self.policy.mode)
         self.bitmap.begin(self.feed.hashes)  # from here on, every write is a page to send again
         # what comes into existence from here on is dirty
@@ -173,8 +173,7 @@ class PreCopy:
 
     def _between_chunks(self, watch: "_Watch", number: int, due: int, done: int) -> Decision | None:
         self.check_cancelled()
-        if time.monotonic() - self._told >= _TELL_EVERY_S:
-            self._told = time.monotonic()
+        if self._pace.due():
             self.tell("round", number, due, done)
         if not watch.period_over():
             return None

@@ -52,7 +52,8 @@ A frame is a 28-byte header (big endian) and a body:
 
 `sequence` counts the frames of a direction. PAGES: the body is a table of runs (u32 first, u32 end, in
 pages), with the flag HASHED an xxh3 (u64) of each page, then the pages themselves, packed if the flags
-say so. ZERO, FETCH: the table alone. BITMAP: one bit for each page of RAM. The others: msgpack.
+say so. ZERO, FETCH: the table alone. BITMAP: one bit for each page of RAM. SUSPENDING: nothing; with the
+flag SHORT little is left to do, and the receiver may hurry. The others: msgpack.
 """
 
 import enum
@@ -69,7 +70,7 @@ from hosts.ram import NO_RUNS, PAGE, count
 from topologies.errors import TestbedError
 
 PORT = 8000  # VMware's vMotion port
-MAJOR, MINOR = 2, 0
+MAJOR, MINOR = 3, 0
 MAGIC = b"VMOT"
 HEADER = struct.Struct("!4sBBHIIQI")
 # 3 MiB: long against the cost of a frame (256 pages reach 0.72 of iperf3 unshaped, these 0.78 to 0.83), short against

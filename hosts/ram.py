@@ -102,7 +102,7 @@ def chunks(runs: np.ndarray, size: int) -> Iterator[np.ndarray]:
 class Ram:
     """A guest's memory as this process sees it: `bytes` (uint8), `words` (pages x 512 uint64), `buffer`.
 
-    TestbedError if it cannot be mapped.
+    It owns the descriptor. TestbedError if it cannot be mapped.
     """
 
     def __init__(self, fd: int) -> None:
@@ -111,6 +111,7 @@ class Ram:
         try:
             self._map = mmap.mmap(fd, self.size, mmap.MAP_SHARED)
         except OSError as error:
+            os.close(fd)
             raise TestbedError(f"no memory to map {format_size(self.size)} of guest RAM: {error.strerror}") from error
         self.buffer = memoryview(self._map)
         self.bytes = np.frombuffer(self._map, np.uint8)

@@ -25,6 +25,7 @@ import numpy as np
 from hosts.datastore import DatastoreError
 from hosts.feed import Feed, end_round
 from hosts.machine import Machine
+from hosts.pace import Pace
 from hosts.policy import Action, Policy, Round
 from hosts.postcopy import Server
 from hosts.precopy import Cancelled, PreCopy, Progress
@@ -50,7 +51,6 @@ from hosts.transport import Transport
 from hosts.urgency import hurried
 from topologies.errors import TestbedError
 
-_TELL_EVERY_S = 0.1
 # A switchover that takes longer does not hurry: everything else would stand still
 _HURRY_MS = 500.0
 # Memory is found and cleared at some GB/s; in a virtual machine that has never used it before, far more slowly
@@ -117,6 +117,7 @@ class OutgoingMigration:
         self.residual_pages = 0
         self.digest = ""
         self.postcopy: PostCopy | None = None
+        self.left = False  # the VM is not this host's any more, however this migration ends
         self._connect = connect
         self._generation = machine.generation + 1  # the one that decides who runs the VM from now on
         self._cancelled = threading.Event()
@@ -153,7 +154,8 @@ class OutgoingMigration:
                 self.greet(token, connections)
                 self.reserve()
                 self.precopy()
-            except Exception as error:
+            except Exception as broken:
+                error = self._explained(broken)
                 self._give_up(error)
                 said = self._said(error)
                 raise MigrationFailed(f"VM {self.machine.vm.name} stays on {self._here}: {said}") from error
@@ -168,8 +170,9 @@ class OutgoingMigration:
                         self.hand_over()
                     resumed: Resumed = self.stream.expect(Kind.RESUMED)
             except Exception as error:
-                self._settle(error)
+                self._settle(self._explained(error))
                 resumed = Resumed(self._generation, "")
+            self.left = True
             if self._server is not None:
                 resumed = self.serve(self._server, resumed)
             return self.conclude(resumed)
@@ -232,13 +235,12 @@ class OutgoingMigration:
     def residual(self) -> None:
         """All that is left crosses while nothing runs."""
         left = runs_of(np.flatnonzero(self._left_at_suspend()))
-        done, told = 0, time.monotonic()
+        done, pace = 0, Pace()
         for chunk in chunks(left, CHUNK_PAGES):
             self._rounds.check_cancelled()
             self.feed.send(chunk, self._next_round)
             done += count(chunk)
-            if time.monotonic() - told > _TELL_EVERY_S:
-                told = time.monotonic()
+            if pace.due():
                 self._rounds.tell("switchover", self._next_round, count(left), done)
         self.feed.drain(self._next_round)
         self.residual_pages = done
@@ -345,6 +347,12 @@ class OutgoingMigration:
         """A cancel may have broken a wait, which then looks like a lost connection."""
         return "cancelled" if self._cancelled.is_set() else str(error)
 
+    def _explained(self, error: Exception) -> Exception:
+        """A destination that goes says why; whoever sends hears only that it has gone."""
+        if isinstance(error, StreamLost) and not self._cancelled.is_set() and self._streams:
+            return self._streams[0].parting_word() or error
+        return error
+
     def _too_slow(self) -> str:
         predicted_ms = self._rounds.decision.predicted_downtime_ms
         why = f"round {len(self._rounds.rounds)} has not ended"
@@ -387,6 +395,7 @@ class OutgoingMigration:
             session.step("lost")  # whatever happened: only its ABORT says that the destination has not claimed
             if not self._claim_back():
                 session.step("claim lost")
+                self.left = True
                 self._emit("migration.settled", owner="destination", reason=str(error))
                 if self._server is None:
                     return
@@ -400,16 +409,19 @@ class OutgoingMigration:
             machine.generation = self._generation
         if self._server is not None:
             self._server.close()
-        said = self._said(error)
-        try:
-            machine.port.open()
-            machine.guest.run()
-        except TestbedError as trouble:
-            name = machine.vm.name
-            raise MigrationFailed(f"VM {name} stays on {self._here}: {said}; it does not run: {trouble}") from error
+        said, troubles = self._said(error), []
+        for resume in (machine.port.open, machine.guest.run):  # a VM without a network is better than none
+            try:
+                resume()
+            except TestbedError as trouble:
+                troubles.append(str(trouble))
         self._restore_speed()
+        name, here = machine.vm.name, self._here
+        if troubles:
+            self._emit("vm.not_resumed", reason="; ".join(troubles))
+            raise MigrationFailed(f"VM {name} stays on {here}: {said}; but {'; '.join(troubles)}") from error
         self._emit("vm.resumed_at_source", generation=machine.generation)
-        raise MigrationFailed(f"VM {machine.vm.name} runs again on {self._here}: {said}") from error
+        raise MigrationFailed(f"VM {name} runs again on {here}: {said}") from error
 
     def _claim_back(self) -> bool:
         """Take the next generation ourselves: if that succeeds the destination never can. Suspended until then."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import socket
 import ssl
 import struct
@@ -164,6 +165,19 @@ class Stream:
                 self.send(Abort(reason[:1000]))
             except StreamLost:
                 return  # then the peer notices by itself
+
+    def parting_word(self) -> PeerAborted | None:
+        """The ABORT that the peer sent before it went, if there is one: found when a send fails."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        try:
+            if poll.poll(0) and self.session.may("receive ABORT"):
+                self.receive()
+        except PeerAborted as word:
+            return word
+        except TestbedError:  # then it said nothing
+            return None
+        return None
 
     def receive_runs(self, header: Header, ram_pages: int) -> np.ndarray:
         """The table of PAGES, ZERO or FETCH."""

@@ -71,7 +71,7 @@ class VmotionPort:
         it is bounded too.
         """
         sock.settimeout(self._timeout_s)
-        bound = threading.Timer(2 * self._timeout_s, lambda: _shut(sock))  # whatever `sock` is by then
+        bound = threading.Timer(2 * self._timeout_s, lambda: _shut(sock))  # (a handshake of TLS has a bound of its own)
         bound.daemon = True
         bound.start()
         try:

@@ -6,6 +6,7 @@ All processes of a run share one kernel, so one monotonic clock orders them. Cap
 CLOCK_REALTIME; `clock_pair` is recorded at the start and at the end of a run, so the two meet.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -35,7 +36,8 @@ class EventLog:
         try:
             os.write(self._fd, json.dumps(record, separators=(",", ":")).encode() + b"\n")
         except OSError as error:  # a full disk: a record must not decide about a VM
-            print(f"event lost: {record}: {error}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nor what is said about it, on the same disk
+                print(f"event lost: {record}: {error}", file=sys.stderr, flush=True)
         return stamp
 
     def close(self) -> None:

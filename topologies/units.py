@@ -24,7 +24,7 @@ def _parse(text: str, units: dict[str, int], example: str) -> float:
         raise UsageError(f"{text!r}: {unit!r} is read as bits by some; write it like {example}")
     factor = units.get(unit.upper())
     if factor is None:
-        missing = "has no unit" if not unit else f"has an unknown unit {unit!r}"
+        missing = "has no unit" if not unit else f"has an unknown unit {unit!r} (not one of {', '.join(units)})"
         raise UsageError(f"{text!r} {missing}; write it like {example}")
     if len(number) > _DIGITS:
         raise UsageError(f"a quantity of {len(number)} digits is none; write it like {example}")

@@ -15,7 +15,7 @@ def claim(host: str, running: bool = True) -> Claim:
 
 @pytest.mark.parametrize("state", get_args(GuestState))
 def test_what_is_not_ours_never_runs_here(state: str) -> None:
-    for newest in (None, claim("esx2"), claim("esx1", running=False), claim("esx2", running=False)):
+    for newest in (claim("esx2"), claim("esx1", running=False), claim("esx2", running=False)):
         assert fate(newest, "esx1", state) is Fate.DISCARDED
 
 

@@ -241,7 +241,7 @@ def test_a_spoilt_newest_claim_still_counts_as_one(tmp_path: Path) -> None:
 def test_a_datastore_that_is_not_there_is_an_error_and_no_lost_claim(tmp_path: Path) -> None:
     with pytest.raises(DatastoreError, match="VM vm1: generation 1 cannot be claimed"):
         LocalDatastore(tmp_path / "gone").claim(VM, 1, "esx1")
-    with pytest.raises(DatastoreError, match=r"VM vm1: the datastore .*gone cannot be reached"):
+    with pytest.raises(DatastoreError, match=r"VM vm1: its folder cannot be read: .*gone"):
         LocalDatastore(tmp_path / "gone").newest(VM)
 
 

@@ -1,5 +1,7 @@
 """The table of what can go wrong: it has every state, and the tests take enough of it."""
 
+from pathlib import Path
+
 import pytest
 
 from experiments.fault_cases import INJURIES, End, all_cases, short_cases
@@ -36,6 +38,12 @@ def test_the_short_list_has_every_state_and_every_injury_and_at_least_forty_case
     assert len(cases) >= 40
 
 
+def test_the_readme_knows_how_many_there_are() -> None:
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    assert f"names the {len(all_cases())} cases" in readme
+    assert f"(without it, {len(short_cases())})" in readme
+
+
 def test_every_case_has_a_name_of_its_own() -> None:
     names = [case.name for case in all_cases()]
     assert len(set(names)) == len(names)
@@ -53,6 +61,11 @@ def test_behind_it_the_source_never_runs_the_vm() -> None:
     for case in all_cases():
         if case.at.partition(":")[2] in {"claimed", "running", "owned", "resumed", "filling", "filled", "serving"}:
             assert End.SOURCE not in case.ends, case.name
+
+
+def test_cases_are_chosen_by_a_pattern_too_each_once() -> None:
+    cases = chosen(("cut@source:s*", "cut@source:served"), long=False)
+    assert [case.name for case in cases] == ["cut@source:suspended", "cut@source:serving", "cut@source:served"]
 
 
 def test_a_case_that_does_not_exist_is_refused_by_name() -> None:

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pairs import SILENCE_S, memory, page_set, scribble, streams
 
-from hosts import postcopy
+from hosts import pace, postcopy
 from hosts.packing import packer
 from hosts.postcopy import Filler, Server
 from hosts.protocol import HASH_OF, AllSent, Kind, ProtocolError, RemoteProtocolError, encode_hashes
@@ -472,11 +472,11 @@ def _ask_for_all(stream: Stream, pages: int) -> None:
 
 
 def test_a_push_tells_again_and_again_how_much_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postcopy, "_TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(pace, "EVERY_S", 0.0)
     told: list[int] = []
     pages = 4 * postcopy._PUSH_PAGES
     with memory(pages) as ram, pair() as ends:
         server = Server(ram, np.ones(pages, bool), PageHashes(ram), ends.push[0], ends.faults[0])
         server.push(told.append)
         server.close()
-    assert told == [pages, pages * 3 // 4, pages // 2, pages // 4]
+    assert told == [pages, pages * 3 // 4, pages // 2, pages // 4, 0]

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pairs import memory, migration, page_set
 
-from hosts import precopy
+from hosts import pace, precopy
 from hosts.feed import Feed
 from hosts.machine import Machine
 from hosts.policy import Action, Decision, Policy
@@ -113,7 +113,7 @@ def prepared(policy: Policy, bitmap_of: Callable[[Ram], DirtyBitmap] = WatchedBi
         patch.setattr(precopy, "CHUNK_PAGES", CHUNK)
         patch.setattr(precopy, "_STRETCH_BYTES", 3 * CHUNK * PAGE)
         patch.setattr(precopy, "_PERIOD_S", 0.0)
-        patch.setattr(precopy, "_TELL_EVERY_S", 0.0)
+        patch.setattr(pace, "EVERY_S", 0.0)
         ram, copy = stack.enter_context(memory(PAGES)), stack.enter_context(memory(PAGES))
         source, destination = stack.enter_context(migration())
         receiving = Thread(target=_receive, args=(destination, copy))

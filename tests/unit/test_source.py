@@ -7,6 +7,7 @@ from threading import Thread
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from fakes import ToldBitmap, ToldGuest, ToldMachine
 from pairs import connection, memory
@@ -15,11 +16,13 @@ from hosts.datastore import LocalDatastore
 from hosts.guest import GuestError
 from hosts.machine import Machine
 from hosts.policy import Policy
+from hosts.precopy import Cancelled
 from hosts.protocol import MAJOR, MINOR, Kind, Resumed, Session, Welcome
 from hosts.ram import PageHashes, Ram
 from hosts.source import MigrationFailed, OutgoingMigration
-from hosts.stream import Stream, StreamLost
+from hosts.stream import PeerAborted, Stream, StreamLost
 from hosts.transport import Transport
+from hosts.vswitch import VSwitchError
 
 
 class Guest(ToldGuest):
@@ -100,7 +103,7 @@ def scene(tmp_path: Path, answer: Callable[[Stream], None]) -> Iterator[Scene]:
                         stream.receive_pages(header, ram, PageHashes(ram))
                     case Kind.STATE:
                         answer(stream)
-        except StreamLost:
+        except (StreamLost, PeerAborted):
             return
 
     with memory(8) as ram, memory(8) as copy, connection() as (here, there):
@@ -130,8 +133,9 @@ def test_a_vm_whose_destination_says_so_has_left(tmp_path: Path) -> None:
 def test_a_cancel_between_the_last_look_and_the_hand_over_is_honoured(tmp_path: Path) -> None:
     with scene(tmp_path, lambda stream: None) as moving:
         cast(Hashes, moving.migration.hashes).meanwhile = moving.migration.cancel
-        with pytest.raises(MigrationFailed, match="VM vm1 runs again on esx1: cancelled"):
+        with pytest.raises(MigrationFailed, match="VM vm1 runs again on esx1: cancelled") as failed:
             moving.migration.run("token")
+        assert isinstance(failed.value.__cause__, Cancelled), "and not for want of an answer"
         assert moving.guest.calls == ["suspend", "run"]
         assert moving.owner == (2, "esx1"), "the destination can never claim it"
 
@@ -139,6 +143,51 @@ def test_a_cancel_between_the_last_look_and_the_hand_over_is_honoured(tmp_path: 
 def test_a_guest_that_does_not_run_again_is_said_to_be_here(tmp_path: Path) -> None:
     with scene(tmp_path, lambda stream: stream.abort("RAM differs")) as moving:
         moving.guest.broken = True
-        why = "VM vm1 stays on esx1: RAM differs; it does not run: its guest process 17 has ended"
+        why = "VM vm1 stays on esx1: RAM differs; but its guest process 17 has ended"
         with pytest.raises(MigrationFailed, match=why):
             moving.migration.run("token")
+        assert not moving.migration.left
+
+
+def test_a_vm_whose_port_cannot_be_opened_runs_all_the_same(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise VSwitchError("port vm1.eth0 stays dark")
+
+    with scene(tmp_path, lambda stream: stream.abort("RAM differs")) as moving:
+        moving.migration.machine.port = cast(Any, SimpleNamespace(shut=lambda: None, open=refuse))
+        with pytest.raises(MigrationFailed, match=r"RAM differs; but port vm1\.eth0 stays dark"):
+            moving.migration.run("token")
+        assert moving.guest.calls == ["suspend", "run"]
+
+
+def test_only_a_vm_that_another_host_runs_has_left(tmp_path: Path) -> None:
+    def nothing_can_be_written(*_: Any, **__: Any) -> int:
+        raise OSError("disk full")
+
+    with scene(tmp_path, lambda stream: stream.abort("no")) as moving:
+        moving.migration.machine.emit = nothing_can_be_written  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="disk full"):
+            moving.migration.run("token")
+        assert not moving.migration.left
+    (tmp_path / "second").mkdir()
+    with scene(tmp_path / "second", say_resumed) as moving:
+        moving.migration.run("token")
+        assert moving.migration.left
+
+
+def send_for_ever(stream: Stream) -> None:
+    while True:
+        stream.send_runs(Kind.ZERO, np.array([[0, 1]], np.uint32))
+
+
+def test_what_a_destination_says_before_it_goes_is_heard_by_a_source_that_sends(tmp_path: Path) -> None:
+    with connection() as (here, there):
+        source, destination = Stream(here, Session("source"), 5.0), Stream(there, Session("destination"), 5.0)
+        source.session.state, destination.session.state = "precopy", "receiving"
+        source.send_runs(Kind.ZERO, np.array([[0, 1]], np.uint32))  # which nobody reads: so the end is a reset
+        destination.abort("RAM is too small")
+        destination.close()
+        with pytest.raises(StreamLost):
+            send_for_ever(source)
+        assert str(source.parting_word()) == "RAM is too small"
+        assert source.parting_word() is None

@@ -260,6 +260,7 @@ def test_post_copy_tells_its_pages_and_how_long_the_guest_waited_for_one() -> No
         "pages": 25_000,
         "ms": 1000.0,
         "faults": 200,
+        "waited_ms": 20.1,
         "fault_us": {"median": 101.0, "p99": 199.0},
     }
     assert section["goodput_mbps"] == pytest.approx(25_000 * PAGE * 8 / 1e6)
