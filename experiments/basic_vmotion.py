@@ -17,15 +17,17 @@ What to look for in capture.pcapng:
 """
 
 import time
+from dataclasses import replace
 
 from experiments import report
 from experiments.cli import script
 from experiments.evidence import examine
 from experiments.probes import Probes
-from experiments.run import Run
+from experiments.run import Options, Run
 from experiments.testbed import Testbed
 from experiments.timeline import Clock, timeline
-from experiments.verdict import Findings, judge
+from experiments.verdict import Findings, judge, judge_failed
+from hosts.vcenter import MigrationFailed, Result
 from topologies.events import clock_pair, find, read_events
 
 BEFORE_S = 1.0  # of quiet observation: what the probes see without a migration
@@ -46,28 +48,34 @@ def run(run: Run) -> Findings:
                 time.sleep(BEFORE_S)
                 destination = testbed.vcenter.elsewhere(vm.name)
                 report.say(f"{vm.name} migrates from {vm.host} to {destination} while {client.name} uses it")
-                with report.rounds() as show:
-                    result = testbed.vcenter.migrate(vm.name, destination, options.policy, show, options.transport)
+                moved = _migrate(testbed, options, destination)
                 time.sleep(AFTER_S)
                 seen = probes.stop()
         memory = testbed.agent_memory_bytes()
         capture.merge(run.folder / "capture.pcapng")
     report.say("everything is taken down; reading the captures")
     events = read_events(run.events_file)
-    line = timeline(events, result.migration, vm.mac)
-    clock = Clock(find(events, "run.begin")[0]["clocks"], clock_pair())
-    evidence = examine(run.pcap, vm, result, client.name, seen.transactions.stopped_ns, line, clock)
-    findings = judge(
-        result,
-        line,
-        seen,
-        evidence,
-        ram_bytes=vm.ram,
-        policy=options.policy,
-        announce=options.announce,
-    )
+    if isinstance(moved, MigrationFailed):
+        findings = judge_failed(str(moved), seen, find(events, "round.end"))
+    else:
+        line = timeline(events, moved.migration, vm.mac)
+        clock = Clock(find(events, "run.begin")[0]["clocks"], clock_pair())
+        evidence = examine(run.pcap, vm, moved, client.name, seen.transactions.stopped_ns, line, clock)
+        policy, announce = options.policy, options.announce
+        findings = judge(moved, line, seen, evidence, ram_bytes=vm.ram, policy=policy, announce=announce)
     dropped = {f"{count.node}:{count.interface}": count.dropped for count in capture.counts if count.dropped}
-    return Findings(findings.checks, findings.sections | {"agent_memory_bytes": memory, "capture_dropped": dropped})
+    sections = findings.sections | {"agent_memory_bytes": memory, "capture_dropped": dropped}
+    return replace(findings, sections=sections)
+
+
+def _migrate(testbed: Testbed, options: Options, destination: str) -> Result | MigrationFailed:
+    """A migration that fails is shown like any other: what its clients saw, and how far it came."""
+    vm = testbed.run.plan.vms[0].name
+    with report.rounds() as show:
+        try:
+            return testbed.vcenter.migrate(vm, destination, options.policy, show, options.transport)
+        except MigrationFailed as error:
+            return error
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ Ratios are taken within one run, pair by pair, because machines differ and are n
 """
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from hosts.tasks import migrations_at_once
 from topologies.errors import TestbedError, UsageError
 from topologies.plan import read_plan
 
+_LISTED = (__doc__ or "").split("\n\n")[-1].rstrip()  # the groups, as told above
 _P99_SAMPLES = 30
 _DEMO_WALL_S = 25.0
 _AGENT_MIB = 80.0
@@ -342,13 +344,13 @@ def main(only: Sequence[str], list_groups: bool, json_file: Path | None, samples
     """Measure and print; exit status 0 if every target is met."""
     known = ["demo", *GROUPS]
     if list_groups:
-        print("\n".join(known))
+        print(_LISTED)
         return 0
     for name in only:
         if name not in known:
             raise UsageError(f"there is no group {name!r} in the bench; it has {', '.join(known)}")
     if not 1 <= samples <= 1000:
-        raise UsageError(f"--migrations {samples}: take 1 to 1000 samples of each figure")
+        raise UsageError(f"--samples {samples}: take 1 to 1000 samples of each figure")
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"--json {json_file}: there is no folder {json_file.parent}")
     check_machine(read_plan())
@@ -377,7 +379,10 @@ def _inside(names: list[str], samples: int) -> list[Row]:
                 out.write_text(json.dumps([asdict(r) for r in rows]))
             return 0
 
-        if run_inside(measure):
+        status = run_inside(measure)
+        if status == 128 + signal.SIGINT:
+            raise KeyboardInterrupt
+        if status:
             raise TestbedError("bench: a group failed, see above")
         return [Row(**fields) for fields in json.loads(out.read_text())]
 

@@ -115,6 +115,7 @@ class Capture:
         deadline = time.monotonic() + STOP_TIMEOUT_S
         for node, child in zip(self._nodes, self._children, strict=True):
             child.wait(deadline)
+            (self._folder / f"{node.name}.pcapng").chmod(0o644)  # dumpcap's are root's alone
             self.counts += parse_counts(node.name, child.said())
         for child in early:
             reason = [line for line in child.said() if line.startswith("dumpcap:")]

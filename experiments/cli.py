@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from experiments.conduct import Experiment, conduct
 from experiments.run import Options
 from hosts import announce
-from hosts.policy import MODES, STRATEGIES, Policy
+from hosts.policy import FIXED_MS, MODES, STRATEGIES, Policy
 from hosts.transport import COMPRESSIONS, MAX_STREAMS, Transport
 from topologies.errors import TestbedError, UsageError
 from topologies.plan import DEFAULT_PLAN, read_plan
@@ -39,6 +39,15 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
+class _Listing(argparse.Action):
+    """Prints the experiments and ends the program, as --help does."""
+
+    def __call__(self, *_: Any) -> NoReturn:
+        width = max(map(len, EXPERIMENTS))
+        print("\n".join(f"{name:{width}}  {shows}" for name, shows in EXPERIMENTS.items()))
+        sys.exit(0)
+
+
 def quantity(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """A parser of units as an argparse type: its own message reaches the person."""
 
@@ -57,8 +66,16 @@ def _positive(text: str) -> float:
     except ValueError:
         number = -1.0
     if not 0 < number < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number; write it without a unit")
     return number
+
+
+def _downtime(text: str) -> float:
+    ms = _positive(text)
+    if ms < FIXED_MS:
+        least = f"to suspend, hand over and resume alone takes about {FIXED_MS:g} ms"
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be reached: {least}")
+    return ms
 
 
 def _streams(text: str) -> int:
@@ -73,8 +90,15 @@ def _schedule(text: str) -> tuple[int, ...]:
     except ValueError:
         times = ()
     if not times or list(times) != sorted(times) or times[0] < 0 or times[-1] > 60_000 or len(times) > 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no ascending list of ms; write it like 0,50,200,450,800")
+        limits = "at most 100 of them, none above 60000"
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no ascending list of ms ({limits}); write it like 0,50,200,450,800"
+        )
     return times
+
+
+def _said(schedule: tuple[int, ...]) -> str:
+    return ",".join(map(str, schedule))
 
 
 def experiment_options(parser: argparse.ArgumentParser) -> None:
@@ -90,13 +114,13 @@ def experiment_options(parser: argparse.ArgumentParser) -> None:
     add("--link", type=quantity(parse_bitrate), default=default, metavar="RATE", help="the cable: 1Gbit, unshaped")
     add("--mode", choices=MODES, default="precopy", help="how RAM is moved")
     add("--announce", choices=announce.MODES, default="rarp", help="how the VM's new place is told")
-    add("--announce-ms", type=_schedule, default=announce.SCHEDULE_MS, metavar="MS,...", help="when, after the resume")
-    add("--downtime-ms", type=_positive, default=50.0, metavar="MS", help="the longest downtime aimed at")
+    add("--announce-ms", type=_schedule, default=_said(announce.SCHEDULE_MS), metavar="MS,...", help="after the resume")
+    add("--downtime-ms", type=_downtime, default=50.0, metavar="MS", help="the longest downtime aimed at")
     add("--timeout-s", type=_positive, default=120.0, metavar="S", help="when the strategy takes over from pre-copy")
     add("--timeout-strategy", choices=STRATEGIES, default="cancel", help="what is done then")
     add("--encrypt", action="store_true", help="the vMotion stream in TLS 1.3")
     add("--compress", choices=COMPRESSIONS, default="none", help="pack pages where that is faster")
-    add("--bandwidth-limit", type=quantity(parse_bitrate), default=0, metavar="RATE", help="of a migration: 500Mbit")
+    add("--bandwidth-limit", type=quantity(parse_bitrate), default="unshaped", metavar="RATE", help="like 500Mbit")
     add("--streams", type=_streams, default=1, metavar="N", help="TCP connections that carry pages")
     add("--datastore", choices=("local",), default="local", help="where ownership is kept")
     add("--seed", type=int, default=1, help="of the clients' random choices")
@@ -106,7 +130,7 @@ def experiment_options(parser: argparse.ArgumentParser) -> None:
 def _case_options(parser: argparse.ArgumentParser) -> None:
     """Of experiments that consist of cases; each is small, so their VM is."""
     parser.add_argument("--list", action="store_true", help="name the cases")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this case; may be repeated")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this case, or those like 'cut@*'")
     parser.add_argument("--long", action="store_true", help="all cases")
     parser.set_defaults(ram=parse_size("64MiB"), working_set=parse_size("8MiB"), dirty_rate=parse_rate("5MB/s"))
 
@@ -155,14 +179,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     experiment_options(commands.add_parser("demo", help="the main experiment, basic_vmotion (root)"))
     run = commands.add_parser("run", help="one experiment by its name (root)")
+    run.add_argument("--list", action=_Listing, nargs=0, help="name the experiments, and what each shows")
     names = run.add_subparsers(dest="experiment", metavar="NAME", required=True, parser_class=_Parser)
     for name, shows in EXPERIMENTS.items():
         _options_of_experiment(name, names.add_parser(name, help=shows))
     bench = commands.add_parser("bench", help="measure, and compare with the targets (root)")
     bench.add_argument("--only", metavar="NAME", action="append", default=[], help="this group; may be repeated")
-    bench.add_argument("--list", action="store_true", help="name the row groups")
+    bench.add_argument("--list", action="store_true", help="name the groups, and what each measures")
     bench.add_argument("--json", type=Path, metavar="FILE", default=None, help="write the rows here too")
-    bench.add_argument("--migrations", type=int, default=5, help="samples of each figure")
+    bench.add_argument("--samples", type=int, default=5, metavar="N", help="of each figure")
     commands.add_parser("test", help="the whole test suite (root); further words go to pytest")
     commands.add_parser("check", help="format, lint, types, imports, unit tests (no root)")
     return parser
@@ -182,7 +207,7 @@ def _run(words: Sequence[str]) -> int:
         case "bench":
             from experiments import bench
 
-            return bench.main(chosen.only, chosen.list, chosen.json, chosen.migrations)
+            return bench.main(chosen.only, chosen.list, chosen.json, chosen.samples)
         case _:
             from experiments import check
 
@@ -198,8 +223,7 @@ def _conducted(name: str, module: Any, chosen: argparse.Namespace, words: Sequen
         print("\n".join(module.names()))
         return 0
     options = options_of(chosen, words)
-    if options.only:
-        module.chosen(options.only, options.long)  # a wrong name is told before anything is made
+    getattr(module, "check", lambda options: None)(options)  # what it cannot do is told before anything is made
     return conduct(name, module.run, options)
 
 
@@ -210,6 +234,7 @@ def _guarded(action: Callable[[], int]) -> int:
         print(f"vmotion: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
+        print("vmotion: interrupted", file=sys.stderr)
         return 130
 
 

@@ -55,6 +55,8 @@ def _judged(run: Run, experiment: Experiment) -> int:
         if all(summary["checks"].values()):
             summary["verdict"] = "pass"
         del summary["error"]
+        if findings.error:
+            summary["error"] = findings.error
     except TestbedError as error:
         summary["error"] = str(error)
         raise
@@ -64,9 +66,13 @@ def _judged(run: Run, experiment: Experiment) -> int:
         raise TestbedError(summary["error"]) from error
     finally:
         run.write_summary(summary)
-        if "error" in summary:
+        if not summary["checks"]:
             print(f"results  {run.folder}", file=sys.stderr)
     if "migration" in summary:
         report.table(summary)
+    elif "failed_migration" in summary:
+        report.failure(summary)
     report.conclusion(summary, run.folder)
+    if "error" in summary:
+        print(f"vmotion: {summary['error']}", file=sys.stderr)
     return 0 if summary["verdict"] == "pass" else 1

@@ -19,6 +19,7 @@ What would wear out, measured after a few moves and again at the end, each on th
 import re
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 from experiments import report
 from experiments.cli import script
 from experiments.probes import Probes
-from experiments.run import Run
+from experiments.run import Options, Run
 from experiments.testbed import Testbed, guest_pids
 from experiments.timeline import timeline
 from experiments.verdict import Findings
@@ -34,6 +35,7 @@ from experiments.world import run as run_program
 from hosts.agent import memory_bytes
 from topologies.errors import UsageError
 from topologies.events import read_events
+from topologies.units import format_size
 
 _WARM_UP = 6
 # The interpreter's own arenas come and go by a few MiB; two hundred times a leak of a page table is more than that
@@ -63,11 +65,17 @@ class Holdings:
     receive_limit: int
 
 
+def check(options: Options) -> None:
+    """UsageError if nothing would be measured."""
+    if options.migrations <= _WARM_UP:
+        raise UsageError(
+            f"--migrations {options.migrations}: the first {_WARM_UP} warm up; take at least {_WARM_UP + 1}"
+        )
+
+
 def run(run: Run) -> Findings:
     """Warm up, look, migrate, look again."""
     plan, vm = run.plan, run.plan.vms[0]
-    if run.options.migrations <= _WARM_UP:
-        raise UsageError(f"--migrations {run.options.migrations}: the first {_WARM_UP} warm up; take more")
     downtimes, equal = [], True
     with Testbed(run) as testbed:
         testbed.vcenter.power_on(vm.name)
@@ -88,7 +96,7 @@ def run(run: Run) -> Findings:
                 downtimes.append(timeline(read_events(run.events_file), result.migration, vm.mac).downtime_ms)
                 if number == _WARM_UP:
                     before = holdings(testbed, vm.name)
-                if number % 20 == 0:
+                if number % 10 == 0 or number == run.options.migrations:
                     report.say(f"{number} moves, downtime {statistics.median(downtimes):.1f} ms (median so far)")
             time.sleep(1)
             after = holdings(testbed, vm.name)
@@ -104,6 +112,7 @@ def run(run: Run) -> Findings:
         "money_conserved": transactions.total_conserved is True,
     }
     ordered = sorted(downtimes)
+    report.figures("endurance: what the testbed held", _rows(before or after, after))
     return Findings(
         checks,
         {
@@ -133,6 +142,28 @@ def grown(before: Holdings, after: Holdings) -> dict[str, bool]:
         "sockets_did_not_grow": after.vm_sockets <= before.vm_sockets,
         "buffers_did_not_grow": after.send_buffer <= after.send_limit and after.receive_buffer <= after.receive_limit,
     }
+
+
+def _rows(before: Holdings, after: Holdings) -> report.Rows:
+    """What there was after the first moves, and at the end."""
+
+    def each(name: str, show: Callable[[int], str] = str) -> str:
+        was, now = getattr(before, name), getattr(after, name)
+        return ", ".join(f"{part} {show(was[part])} -> {show(now[part])}" for part in was)
+
+    def one(name: str) -> str:
+        return f"{getattr(before, name)} -> {getattr(after, name)}"
+
+    return [
+        ("memory", each("memory_bytes", format_size)),
+        ("descriptors", each("descriptors")),
+        ("threads", each("threads")),
+        ("guest processes", one("processes")),
+        ("guest RAM mapped", one("mapped_rams")),
+        ("sockets of the VM", one("vm_sockets")),
+        ("send buffer", f"{one('send_buffer')} bytes, limit {after.send_limit}"),
+        ("receive buffer", f"{one('receive_buffer')} bytes, limit {after.receive_limit}"),
+    ]
 
 
 # ---------------------------------------------------------------- looking

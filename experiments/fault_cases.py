@@ -81,9 +81,9 @@ class End(Enum):
 
 @dataclass(frozen=True)
 class Case:
-    """`way`: how the VM moves; `at`: the state at which that is stopped, "" for nowhere; `ends`: which are right.
+    """`way`: how the VM moves; `at`: the state at which that is stopped; `ends`: which are right.
 
-    At "throttled" nothing is stopped: the guest's speed has just been taken from it.
+    Without `at` nothing is stopped: the injury is done before it begins, or as soon as there is an event `after`.
     `says`: words that the hosts must have for it, if the end alone does not tell what was noticed.
     """
 
@@ -92,11 +92,12 @@ class Case:
     way: str
     ends: frozenset[End]
     says: str = ""
+    after: str = ""
 
     @property
     def at_source(self) -> bool:
         """Is it the source's side that is stopped?"""
-        return self.at.startswith(("source:", "sender:", "throttled"))
+        return self.at.startswith(("source:", "sender:"))
 
     @property
     def unsure(self) -> bool:
@@ -105,10 +106,10 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The way is told unless the state tells it."""
-        where = f"@{self.at}" if self.at else ""
-        told = self.way == "precopy" or (self.at and self.way in ("postcopy", "streams", "throttled"))
-        return f"{self.injury}{where}" + ("" if told else f"-in-{self.way}")
+        """With the way, unless that is pre-copy or plain from the moment."""
+        moment = self.at or self.after
+        plain = self.way == "precopy" or (moment != "" and self.way in ("postcopy", "streams", "throttled"))
+        return self.injury + (f"@{moment}" if moment else "") + ("" if plain else f"-in-{self.way}")
 
 
 def _ends(letters: str) -> frozenset[End]:
@@ -140,9 +141,9 @@ _OTHERS = [
     Case("kill-target-agent", "source:suspended", "hybrid", _ends("S")),
     Case("cut", "destination:rebuilding", "hybrid", _ends("S")),
     Case("kill-source-agent", "destination:filling", "hybrid", _ends("C")),
-    Case("kill-source-agent", "throttled", "throttled", _ends("S")),
-    Case("kill-target-agent", "throttled", "throttled", _ends("S")),
-    Case("cut", "throttled", "throttled", _ends("S")),
+    Case("kill-source-agent", "", "throttled", _ends("S"), after="guest.throttled"),
+    Case("kill-target-agent", "", "throttled", _ends("S"), after="guest.throttled"),
+    Case("cut", "", "throttled", _ends("S"), after="guest.throttled"),
     Case("kill-target-agent", "destination:receiving", "encrypted", _ends("S")),
     Case("cut", "source:handed_over", "encrypted", _ends("S")),
     Case("freeze-peer", "destination:claimed", "encrypted", _ends("D")),
@@ -154,7 +155,7 @@ _OTHERS = [
     # a byte of the stream is another one when it arrives
     Case("corrupt-byte", "", "precopy", _ends("S"), "RAM differs"),
     Case("corrupt-byte", "", "postcopy", _ends("C"), "a page was changed on its way"),
-    Case("corrupt-byte", "", "encrypted", _ends("S"), "bad record mac"),
+    Case("corrupt-byte", "", "encrypted", _ends("S"), "[SSL: "),
     # the announcement
     Case("rarp-lost", "", "precopy", _ends("D")),
     Case("rarp-duplicated", "destination:running", "precopy", _ends("D")),

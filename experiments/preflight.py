@@ -1,5 +1,6 @@
 """What has to be true before a run begins: root, programs, memory, kernel. Each miss is one line with its remedy."""
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -41,6 +42,9 @@ def check_machine(plan: Plan) -> None:
     for program, package in PROGRAMS.items():
         if shutil.which(program) is None:
             raise UsageError(f"the program {program} is missing; install it with: apt-get install {package}")
+    backend = os.environ.get("SDN_BACKEND", "ryu")
+    if backend not in ("ryu", "os_ken") or importlib.util.find_spec(backend) is None:
+        raise UsageError(f"SDN_BACKEND={backend} is unknown or not installed; set it to ryu or os_ken")
     memory = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(memory["MemAvailable"].split()[0]) * 1024
     needed = 2 * sum(vm.ram for vm in plan.vms) + _OVERHEAD_BYTES

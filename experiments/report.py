@@ -1,5 +1,6 @@
 """What the person sees: the rounds while they happen, then one table, then where the results lie."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ from hosts.precopy import Progress as RoundProgress
 from hosts.ram import PAGE
 from topologies.units import format_size
 
+_ALL_ROUNDS = 30  # as many are shown one by one
+
+Rows = list[tuple[str, str]]
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -25,7 +29,7 @@ def say(line: str) -> None:
 def rounds() -> Iterator[Callable[[RoundProgress], None]]:
     """Shows each pre-copy round: a bar on a terminal, a line when it has ended elsewhere."""
     if not console.is_terminal:
-        yield _print_round
+        yield _Lines()
         return
     text = (TextColumn("{task.description}"), TextColumn("{task.fields[figures]}"))
     columns = text if console.width < 110 else (text[0], BarColumn(), text[1])
@@ -41,9 +45,17 @@ def rounds() -> Iterator[Callable[[RoundProgress], None]]:
         yield show
 
 
-def _print_round(note: RoundProgress) -> None:
-    if note.round:
-        say(f"round {note.number:2}  {_figures(note)}")
+class _Lines:
+    """A line for each round; of the many that one has that does not converge, one a second."""
+
+    def __init__(self) -> None:
+        self._said = 0.0
+
+    def __call__(self, note: RoundProgress) -> None:
+        now = time.monotonic()
+        if note.round and (note.number <= _ALL_ROUNDS or note.decision != "another round" or now - self._said >= 1.0):
+            self._said = now
+            say(f"round {note.number:2}  {_figures(note)}")
 
 
 def _figures(note: RoundProgress) -> str:
@@ -59,15 +71,29 @@ def _figures(note: RoundProgress) -> str:
 
 def table(summary: dict[str, Any]) -> None:
     """The figures of one migration."""
-    grid = Table(title=f"{summary['experiment']}: what happened", show_header=False, title_justify="left")
+    rows = [*_migration(summary["migration"]), *_network(summary["network"]), *_around(summary)]
+    figures(f"{summary['experiment']}: what happened", rows)
+
+
+def failure(summary: dict[str, Any]) -> None:
+    """What there is to tell of a migration that did not take place."""
+    rounds, silence = summary["failed_migration"]["rounds"], summary["longest_silence_ms"]
+    rows = [("rounds", str(len(rounds)))]
+    if rounds:
+        sent = sum(r["bytes"] for r in rounds)
+        rows.append(("on the wire", f"{format_size(sent)}; {format_size(rounds[-1]['remaining_bytes'])} still dirty"))
+    rows.append(("longest silence", ", ".join(f"{probe} {ms:.1f} ms" for probe, ms in silence.items())))
+    figures(f"{summary['experiment']}: the VM has not moved", rows)
+
+
+def figures(title: str, rows: Rows) -> None:
+    """A table of names and what there is to say of each."""
+    grid = Table(title=title, show_header=False, title_justify="left")
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
-    for name, value in [*_migration(summary["migration"]), *_network(summary["network"]), *_around(summary)]:
+    for name, value in rows:
         grid.add_row(name, value)
     console.print(grid)
-
-
-Rows = list[tuple[str, str]]
 
 
 def _migration(m: dict[str, Any]) -> Rows:
@@ -75,13 +101,14 @@ def _migration(m: dict[str, Any]) -> Rows:
     target, predicted = m["downtime_target_ms"], m["downtime_predicted_ms"]
     aims = [f"target {target:g}"] if target is not None else []
     aims += [f"predicted {predicted:.1f}"] if predicted is not None else []
+    by = m["mode"] + (", then post-copy" if m["postcopy"] and m["mode"] != "postcopy" else "")
     rows = [
-        ("moved", f"{m['vm']}  {m['source']} -> {m['destination']}  {format_size(m['ram_bytes'])} RAM  by {m['mode']}"),
+        ("moved", f"{m['vm']}  {m['source']} -> {m['destination']}  {format_size(m['ram_bytes'])} RAM  by {by}"),
         ("rounds", f"{len(m['rounds'])}, then {m['residual_pages']} pages while suspended"),
         ("on the wire", f"{format_size(m['bytes_on_wire'])}, payload at {m['goodput_mbps']:.0f} Mbit/s"),
         ("total time", f"{m['total_ms']:.0f} ms"),
         ("downtime", f"{m['downtime_ms']:.1f} ms" + (f" ({', '.join(aims)})" if aims else "")),
-        ("  its parts", f"{parts} ms"),
+        ("  parts, ms", parts),
     ]
     if m["throttles"]:
         rows.insert(2, ("throttled", " ".join(f"{share:.0%}" for share in m["throttles"])))
@@ -93,7 +120,10 @@ def _migration(m: dict[str, Any]) -> Rows:
 def _postcopy(p: dict[str, Any]) -> str:
     text = f"{p['pages']} pages in {p['ms']:.0f} ms after the resume, {p['faults']} faults"
     waits = p["fault_us"]
-    return f"{text}, each {waits['median']:.0f} us (median; p99 {waits['p99']:.0f})" if waits else text
+    if not waits:
+        return text
+    each = f"{waits['median']:.0f} us (median; p99 {waits['p99']:.0f})"
+    return f"{text}, each {each}: the guest waited {p['waited_ms']:.0f} ms for pages"
 
 
 def _network(n: dict[str, Any]) -> Rows:

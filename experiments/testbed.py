@@ -89,8 +89,9 @@ class Testbed:
         return Capture(self.run.pcap, nodes)
 
     def agent_memory_bytes(self) -> dict[str, int]:
-        """Each agent's memory beside the guests' RAM."""
-        return {name: status["memory_bytes"] for name, status in self.vcenter.status().items()}
+        """Each agent's memory beside the guests' RAM, of those that answer."""
+        said = {host.name: self.vcenter.status_of(host.name) for host in self.run.plan.hosts}
+        return {host: status["memory_bytes"] for host, status in said.items() if status}
 
     def kill_agent(self, host: str) -> None:
         """kill -9. The host's VMs go on as they are."""

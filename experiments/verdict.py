@@ -1,5 +1,6 @@
 """Whether a migration was what vMotion promises: measurements in, named checks and figures out. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,10 +18,14 @@ from hosts.vcenter import Result
 
 @dataclass(frozen=True)
 class Findings:
-    """What an experiment has found. It passes if every check is true; `sections` go into summary.json as they are."""
+    """What an experiment has found. It passes if every check is true; `sections` go into summary.json as they are.
+
+    `error`: what went wrong, in a line for the person, if the experiment could not be what it was to be.
+    """
 
     checks: dict[str, bool]
     sections: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
 
 
 def judge(
@@ -69,6 +74,34 @@ def judge(
     )
 
 
+def judge_failed(error: str, probes: Results, rounds: Sequence[dict[str, Any]]) -> Findings:
+    """A migration that did not take place: the VM has to be where it was, and its clients must not have lost anything.
+
+    `rounds`: those that there were, as in summary.json of one that did.
+    """
+    transactions, bulk = probes.transactions, probes.bulk
+    silence = {
+        "ping": baseline(probes.ping.arrived_ns, probes.ping.stopped_ns, []),
+        "udp": baseline(probes.udp.arrived_ns, probes.udp.stopped_ns, []),
+        "tcp": baseline(bulk.arrived_ns, bulk.stopped_ns, []),
+        "transaction": baseline(transactions.arrived_ns, transactions.stopped_ns, []),
+    }
+    return Findings(
+        {
+            "vm_moved": False,
+            "connections_survived": transactions.connection_survived and bulk.connection_survived,
+            "no_transaction_lost": transactions.audited == transactions.acked > 0 and transactions.lost == 0,
+            "no_transaction_duplicated": transactions.duplicated == 0,
+            "money_conserved": transactions.total_conserved is True,
+        },
+        {
+            "failed_migration": {"reason": error, "rounds": list(rounds)},
+            "longest_silence_ms": {probe: gap.length_ms for probe, gap in silence.items()},
+        },
+        error,
+    )
+
+
 def _migration(result: Result, timeline: Timeline, ram_bytes: int, policy: Policy) -> dict[str, Any]:
     outcome = result.outcome
     return {
@@ -107,7 +140,13 @@ def goodput_mbps(outcome: Outcome, timeline: Timeline) -> float:
 def _postcopy(postcopy: PostCopy) -> dict[str, Any]:
     waits = sorted(postcopy.fault_us)
     quantiles = {"median": waits[len(waits) // 2], "p99": waits[len(waits) * 99 // 100]} if waits else {}
-    return {"pages": postcopy.pages, "ms": postcopy.ms, "faults": postcopy.faults, "fault_us": quantiles}
+    return {
+        "pages": postcopy.pages,
+        "ms": postcopy.ms,
+        "faults": postcopy.faults,
+        "fault_us": quantiles,
+        "waited_ms": sum(waits) / 1000,
+    }
 
 
 def _network(probes: Results, timeline: Timeline) -> dict[str, Any]:

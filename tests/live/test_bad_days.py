@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from programs import SMALL, Program, nothing_is_left
 
+from experiments.capture import frames
+from hosts.protocol import PORT
+
 # A cable on which the first round takes seconds: time to break something in it
 SLOW = (*SMALL, "--link", "200Mbit")
 
 
 def one_line(err: str, *words: str) -> None:
-    where, line = err.strip().splitlines()
-    assert where.startswith("results  "), err
+    *where, line = err.strip().splitlines()  # a run that is broken off tells where its results are
+    assert all(text.startswith("results  ") for text in where), err
     assert line.startswith("vmotion: ") and all(word in line for word in words), err
 
 
@@ -107,3 +110,7 @@ def test_a_guest_that_writes_faster_than_the_cable_stays_and_the_message_says_wh
     assert status == 1
     one_line(err, "does not converge within 6 s", "runs again on esx1" if "runs again" in err else "stays on esx1")
     vm_goes_on_at_source(program)
+    failed = program.summary()["failed_migration"]
+    assert "does not converge" in failed["reason"] and len(failed["rounds"]) > 1
+    assert program.summary()["checks"]["no_transaction_lost"]
+    assert frames(program.out / "capture.pcapng", f"tcp.port == {PORT}"), "the rounds that were in vain"
