@@ -1,4 +1,4 @@
-"""How often a migration tells how far it has come: not with every page."""
+"""How often a migration tells how far it has come: not with every page, and not in a switchover that is soon over."""
 
 import time
 
@@ -6,10 +6,10 @@ EVERY_S = 0.1
 
 
 class Pace:
-    """`due` is true at most every EVERY_S, the first time at once."""
+    """`due` is true every EVERY_S at most, and the first time when so much has passed."""
 
     def __init__(self) -> None:
-        self._told = float("-inf")
+        self._told = time.monotonic()
 
     def due(self) -> bool:
         now = time.monotonic()
