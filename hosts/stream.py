@@ -192,15 +192,16 @@ class Stream:
             hashes.note_zero(runs)
             return runs
         self.exactly(header.hash_bytes)
+        views = ram.views(runs)
         if header.flags & PACKED:
             content = self.receive_content(header)
             at = 0
-            for view in ram.views(runs):
+            for view in views:
                 view[:] = content[at : at + len(view)]
                 at += len(view)
         else:
-            self.into(ram.views(runs))
-        hashes.note(runs, ram.views(runs))
+            self.into(views.copy())
+        hashes.note(runs, views)
         return runs
 
     def receive_content(self, header: Header) -> memoryview:
@@ -253,7 +254,7 @@ class Stream:
         return data
 
     def into(self, buffers: list[memoryview]) -> None:
-        """The next bytes, into all of these buffers."""
+        """The next bytes, into all of these buffers; takes the list apart."""
         left = sum(map(len, buffers))
         try:
             while left:
