@@ -73,8 +73,8 @@ def _positive(text: str) -> float:
 def _downtime(text: str) -> float:
     ms = _positive(text)
     if ms < FIXED_MS:
-        least = f"to suspend, hand over and resume alone takes about {FIXED_MS:g} ms"
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be reached: {least}")
+        least = f"a switchover with nothing left to send is predicted to take {FIXED_MS:g} ms"
+        raise argparse.ArgumentTypeError(f"{text!r} is never predicted: {least}; take as much or more")
     return ms
 
 

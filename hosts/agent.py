@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -356,10 +357,11 @@ class Agent:
             receiving = list(self.receiving.values())
         for incoming in receiving:
             incoming.refuse()
-        for incoming in receiving:
-            incoming.ended.wait(_DISCARDED_WITHIN_S)
+        deadline = time.monotonic() + _DISCARDED_WITHIN_S
+        late = [incoming for incoming in receiving if not incoming.ended.wait(max(0.0, deadline - time.monotonic()))]
+        coming = [incoming.machine for incoming in (*self.arriving.values(), *late)]
         with ExitStack() as steps:  # each, whatever becomes of the others
-            for machine in (*(incoming.machine for incoming in self.arriving.values()), *self.machines.values()):
+            for machine in (*coming, *self.machines.values()):
                 steps.callback(machine.dismantle)
 
 
