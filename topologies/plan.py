@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from ipaddress import AddressValueError, IPv4Address, IPv4Interface, IPv4Network, IPv6Interface, NetmaskValueError
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from topologies.errors import UsageError
@@ -125,6 +126,20 @@ class Client:
         return IPv6Interface(self.ip6) if self.ip6 else None
 
 
+@dataclass(frozen=True)
+class Nas:
+    """A file server on the management & storage segment. `datastore` is the name of what it exports."""
+
+    name: str
+    management: str
+    datastore: str = "datastore1"
+
+    @property
+    def export(self) -> str:
+        """As an NFS client names it."""
+        return f"/{self.datastore}"
+
+
 _Named = TypeVar("_Named", Host, VM, Client)
 
 
@@ -138,6 +153,7 @@ class Plan:
     hosts: tuple[Host, ...]
     clients: tuple[Client, ...]
     vms: tuple[VM, ...]
+    nas: Nas | None = None  # without one the hosts keep their VMs in a folder
 
     @property
     def manager_ip(self) -> str:
@@ -212,6 +228,9 @@ def _value(hint: Any, spec: dataclasses.Field[Any], value: Any, where: str) -> A
             raise PlanError(f"{where} must be a list")
         item = get_args(hint)[0]
         return tuple(_item(item, element, f"{where}[{i}]") for i, element in enumerate(value))
+    if get_origin(hint) is UnionType:  # an optional table
+        (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
+        return _build(hint, value, where)
     if not isinstance(value, hint):
         raise PlanError(f"{where} must be a {hint.__name__}, not {value!r}")
     return value
@@ -252,6 +271,8 @@ def _names(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "switch", plan.switch
     yield from (("host", h.name) for h in plan.hosts)
     yield from (("client", c.name) for c in plan.clients)
+    if plan.nas:
+        yield "NAS", plan.nas.name
     yield from (("VM", v.name) for v in plan.vms)
 
 
@@ -260,14 +281,15 @@ def _check_addresses(plan: Plan) -> None:
         segment = IPv4Network(plan.management)
     except ValueError as error:
         raise PlanError(f"management {plan.management!r} is no IPv4 network; write it like 10.0.99.0/24") from error
-    if segment.num_addresses < len(plan.hosts) + 3:  # the manager, the network, the broadcast
+    if segment.num_addresses < len(plan.hosts) + 3 + bool(plan.nas):  # the manager, the network, the broadcast
         raise PlanError(f"management {segment} is too small for the manager and {len(plan.hosts)} hosts; take a /24")
+    if plan.nas:
+        _check_management(plan.nas.management, f"NAS {plan.nas.name!r}", segment)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,41}", plan.nas.datastore):
+            is_none = "a name of letters, digits, - and _, 42 at most"
+            raise PlanError(f"NAS {plan.nas.name!r}: datastore {plan.nas.datastore!r} is not {is_none}")
     for host in plan.hosts:
-        address = _address(host.management, f"host {host.name!r}, management")
-        if address not in segment:
-            raise PlanError(f"host {host.name!r}: {address} is outside the management network {segment}")
-        if address in (segment.network_address, segment.broadcast_address):
-            raise PlanError(f"host {host.name!r}: {address} is the network or broadcast address of {segment}")
+        _check_management(host.management, f"host {host.name!r}", segment)
         for port in host.vmkernel_ports:
             _check_netmask(host, port)
     things: tuple[Client | VM, ...] = (*plan.clients, *plan.vms)
@@ -285,6 +307,14 @@ def _check_addresses(plan: Plan) -> None:
             raise PlanError(f"{where}: mac {thing.mac!r} is none; write it like 00:50:56:00:00:01, in lower case")
         if int(thing.mac[:2], 16) & 1:
             raise PlanError(f"{where}: mac {thing.mac} is a group address; a machine has a unicast one")
+
+
+def _check_management(text: str, where: str, segment: IPv4Network) -> None:
+    address = _address(text, f"{where}, management")
+    if address not in segment:
+        raise PlanError(f"{where}: {address} is outside the management network {segment}")
+    if address in (segment.network_address, segment.broadcast_address):
+        raise PlanError(f"{where}: {address} is the network or broadcast address of {segment}")
 
 
 def _check_ip6(text: str, where: str) -> None:
@@ -345,6 +375,7 @@ def _check_vm_network(plan: Plan) -> None:
 def _check_unique(plan: Plan) -> None:
     ips = [(plan.manager_ip, "the manager")]
     ips += [(h.management, f"host {h.name!r}") for h in plan.hosts]
+    ips += [(plan.nas.management, f"NAS {plan.nas.name!r}")] if plan.nas else []
     ips += [(p.ip, f"host {h.name!r}, {p.name}") for h in plan.hosts for p in h.vmkernel_ports]
     ips += [(str(c.interface.ip), f"client {c.name!r}") for c in plan.clients]
     ips += [(str(v.interface.ip), f"VM {v.name!r}") for v in plan.vms]

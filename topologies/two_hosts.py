@@ -11,7 +11,7 @@
         +--+----+--+    +--+----+--+
     vmnic2 |    +----------+    | vmnic2
            |       vmnic1       |        the vMotion cable: 50.50.50.1/30 - 50.50.50.2/30
-           +----- mgmt ---------+        management & storage: agents and manager
+           +----- mgmt ---------+        management & storage: agents, manager, NAS
 
 Also for Mininet's own command line, without agents and VMs:
 
@@ -185,6 +185,9 @@ class TwoHosts(Topo):
         )
         for host in plan.hosts:
             self.addLink(host.name, "mgmt", intfName1=f"{host.name}-vmnic2")
+        if plan.nas:
+            self.addHost(plan.nas.name, cls=Machine, ip=f"{plan.nas.management}/{prefix}")
+            self.addLink(plan.nas.name, "mgmt")
 
 
 def _read(path: str | Path) -> Plan:

@@ -287,6 +287,38 @@ def test_asking_for_what_the_plan_does_not_have_names_what_it_has(ask: Callable[
     refused(refusal.value, "'nobody'", "esx1, esx2" if ask is Plan.host else "it has ")
 
 
+# ---------------------------------------------------------------- the NAS
+
+NAS = '[nas]\nname = "nas"\nmanagement = "10.0.99.3"\n'
+
+
+def test_a_plan_may_have_a_nas_and_need_not(tmp_path: Path) -> None:
+    assert read(tmp_path, PLAN).nas is None
+    nas = read(tmp_path, PLAN + NAS).nas
+    assert nas is not None
+    assert (nas.name, nas.management, nas.export) == ("nas", "10.0.99.3", "/datastore1")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ('"nas"', '"esx1"', ["NAS 'esx1'", "names must differ"]),
+        ("10.0.99.3", "10.0.98.3", ["NAS 'nas'", "outside the management network"]),
+        ("10.0.99.3", "10.0.99.255", ["NAS 'nas'", "broadcast address"]),
+        ("10.0.99.3", "10.0.99.11", ["IP address 10.0.99.11", "give it its own"]),
+        ("10.0.99.3", "there", ["NAS 'nas', management", "no IPv4 address"]),
+        ('name = "nas"', 'name = "nas"\ndatastore = "../etc"', ["datastore '../etc'", "42 at most"]),
+        ('name = "nas"', 'name = "nas"\nsize = 3', ["unknown key 'size'"]),
+        ('name = "nas"\n', "", ["lacks the key 'name'"]),
+    ],
+)
+def test_a_nas_that_cannot_be_built_is_refused_by_name(tmp_path: Path, old: str, new: str, named: list[str]) -> None:
+    assert old in NAS
+    with pytest.raises(PlanError) as refusal:
+        read(tmp_path, PLAN + NAS.replace(old, new, 1))
+    refused(refusal.value, str(tmp_path / "plan.toml"), *named)
+
+
 # ---------------------------------------------------------------- IPv6
 
 IP6 = PLAN.replace('ip = "10.0.0.100/24"', 'ip = "10.0.0.100/24"\nip6 = "fd00::100/64"')
