@@ -4,8 +4,8 @@
         nas.kill()                                      # kill -9 of the server
         nas.start()
 
-`folder` is what it exports. Both programs have a /run of their own: those of the machine are not in their way. Without
-rpcbind ganesha does not serve version 3; without NLM nobody can lock a file, and nobody has to (hosts/datastore.py).
+`folder` is what it exports. The two have a /run of their own, where they meet: those of the machine are not in their
+way. Without rpcbind ganesha does not serve version 3; without NLM nobody can lock a file, and nobody has to.
 """
 
 import re
@@ -22,16 +22,8 @@ from topologies.plan import Nas as NasPlan
 
 _UP_WITHIN_S, _DOWN_WITHIN_S = 15.0, 10.0
 # A mount namespace of its own, for a /run that nobody else sees
-_PRIVATE_RUN = (
-    "unshare",
-    "--mount",
-    "--propagation",
-    "private",
-    "sh",
-    "-c",
-    'mount -t tmpfs run /run && exec "$@"',
-    "sh",
-)
+_PRIVATE = ("unshare", "--mount", "--propagation", "private")
+_PRIVATE_RUN = (*_PRIVATE, "sh", "-c", 'mount -t tmpfs run /run && exec "$@"', "sh")
 
 _CONFIGURATION = """\
 NFS_CORE_PARAM {{
@@ -74,7 +66,9 @@ class Nas:
     def __enter__(self) -> "Nas":
         self.folder.mkdir(exist_ok=True)
         try:
-            self._rpcbind = self._child("rpcbind", "rpcbind", "-f", "-w", "-h", self.plan.management)
+            words = (*_PRIVATE_RUN, "rpcbind", "-f", "-w", "-h", self.plan.management)
+            rpcbind = self._rpcbind = self._child("rpcbind", *words)
+            self._await(rpcbind, lambda: Path(f"/proc/{rpcbind.process.pid}/root/run/rpcbind.sock").exists())
             self.start()
         except BaseException:
             self.__exit__()
@@ -95,15 +89,14 @@ class Nas:
             _CONFIGURATION.format(ip=self.plan.management, folder=self.folder, export=self.plan.export, further=further)
         )
         log = self._logs / f"ganesha.{self._starts}.log"
+        beside = ("nsenter", f"--mount=/proc/{self._rpcbind.process.pid}/ns/mnt") if self._rpcbind else ()
         words = ("-F", "-f", str(configuration), "-L", str(log), "-p", "/run/ganesha.pid", "-N", "NIV_EVENT")
-        self._ganesha = self._child("ganesha", "ganesha.nfsd", *words)
-        deadline = time.monotonic() + _UP_WITHIN_S
-        while not (log.exists() and "NFS SERVER INITIALIZED" in log.read_text(errors="replace")):
-            status = self._ganesha.process.poll()
-            if status is not None or time.monotonic() > deadline:
-                said = _complaint(log) or self._ganesha.last_words()
-                raise TestbedError(f"the NAS does not serve (exit status {status}): {said}; see {log}")
-            time.sleep(0.01)
+        self._ganesha = self._child("ganesha", *beside, "ganesha.nfsd", *words)
+        self._await(
+            self._ganesha,
+            lambda: log.exists() and "NFS SERVER INITIALIZED" in log.read_text(errors="replace"),
+            lambda: _complaint(log),
+        )
 
     def kill(self) -> None:
         """kill -9 of the server."""
@@ -111,8 +104,16 @@ class Nas:
             self._ganesha.kill()
 
     def _child(self, name: str, *words: str) -> Child:
-        log = self._logs / f"{name}.out"
-        return Child(name, self._popen, [*_PRIVATE_RUN, *words], log, self._logs)
+        return Child(name, self._popen, list(words), self._logs / f"{name}.out", self._logs)
+
+    def _await(self, child: Child, is_up: Callable[[], bool], complaint: Callable[[], str] = str) -> None:
+        deadline = time.monotonic() + _UP_WITHIN_S
+        while not is_up():
+            status = child.process.poll()
+            if status is not None or time.monotonic() > deadline:
+                said = complaint() or child.last_words()
+                raise TestbedError(f"the NAS does not serve: {child.name}, exit status {status}: {said}")
+            time.sleep(0.01)
 
 
 def _end(child: Child) -> None:
