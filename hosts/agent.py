@@ -204,13 +204,13 @@ class Agent:
             raise AgentError(f"migration {request.migration!r} has not ended on {self.name} yet")
         return {"abandoned": incoming is not None}
 
-    def _expire(self, incoming: IncomingMigration) -> None:
+    def _expire(self, migration: str) -> None:
         """Whoever ordered the migration is gone."""
         with self.lock:
-            expired = self.arriving.pop(incoming.migration, None)
-        if expired is not None:
+            incoming = self.arriving.pop(migration, None)
+        if incoming is not None:
             why = f"no source has come within {self._patience_s:g} s"
-            self.log(f"migration {incoming.migration}: {why}")
+            self.log(f"migration {migration}: {why}")
             self._discard(incoming, why)
 
     def _status(self) -> dict[str, Any]:

@@ -80,9 +80,12 @@ class IncomingMigration:
     def admits(self, token: str, encrypted: bool) -> bool:
         return hmac.compare_digest(self.token.encode(), token.encode()) and encrypted == self.encrypt
 
-    def expire_after(self, seconds: float, expire: Callable[["IncomingMigration"], None]) -> None:
-        """Call `expire` then, unless `expiry` is cancelled."""
-        self.expiry = threading.Timer(seconds, expire, [self])
+    def expire_after(self, seconds: float, expire: Callable[[str], None]) -> None:
+        """Call `expire` then with the migration's name, unless `expiry` is cancelled.
+
+        Not with this object: a cycle would keep its hashes until the collector comes by.
+        """
+        self.expiry = threading.Timer(seconds, expire, [self.migration])
         self.expiry.daemon = True
         self.expiry.start()
 
