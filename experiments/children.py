@@ -84,6 +84,17 @@ def wait_until_up(children: Sequence[Child], prefix: str, deadline: float) -> No
         time.sleep(_LOOK_EVERY_S)
 
 
+def wait_until(child: Child, is_up: Callable[[], bool], deadline: float) -> None:
+    """The same of one child whose being up shows otherwise than by a line."""
+    while not is_up():
+        status = child.process.poll()
+        if status is not None:
+            raise TestbedError(f"{child.name} ended with status {status} before it was up: {child.last_words()}")
+        if time.monotonic() > deadline:
+            raise TestbedError(f"{child.name} did not come up in time: {child.last_words()}")
+        time.sleep(_LOOK_EVERY_S)
+
+
 @contextmanager
 def prompt() -> Iterator[None]:
     """The block's wake-ups are prompt: it runs at the lowest real-time priority.

@@ -40,7 +40,7 @@ from experiments.injuries import Heal, Scene
 from experiments.run import Options, Run
 from experiments.streams import TransactionsResult
 from experiments.testbed import Testbed, guest_pids
-from experiments.verdict import Findings
+from experiments.verdict import Findings, ledger_checks
 from hosts.ram import PAGE
 from hosts.tasks import Task
 from topologies.errors import TestbedError, UsageError
@@ -274,8 +274,7 @@ class Clerk:
         self._child.finish(signal.SIGTERM)
         self._child.wait(time.monotonic() + 90)
         seen = msgspec.json.decode(self._out.read_bytes(), type=TransactionsResult)
-        complete = seen.connection_survived and seen.audited == seen.acked > 0
-        return complete and seen.lost == seen.duplicated == 0 and seen.total_conserved is True
+        return seen.connection_survived and all(ledger_checks(seen).values())
 
     def __exit__(self, *_: object) -> None:
         self._child.kill()

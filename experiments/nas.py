@@ -13,17 +13,22 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from experiments.children import Child
+from experiments.children import Child, wait_until
+from experiments.world import run
 from topologies.errors import TestbedError
 from topologies.plan import Nas as NasPlan
 
 _UP_WITHIN_S, _DOWN_WITHIN_S = 15.0, 10.0
+_SERVES = "NFS SERVER INITIALIZED"  # says ganesha in its log
 # A mount namespace of its own, for a /run that nobody else sees
-_PRIVATE = ("unshare", "--mount", "--propagation", "private")
-_PRIVATE_RUN = (*_PRIVATE, "sh", "-c", 'mount -t tmpfs run /run && exec "$@"', "sh")
+_PRIVATE_RUN = (
+    *("unshare", "--mount", "--propagation", "private"),
+    *("sh", "-c", 'mount -t tmpfs run /run && exec "$@"', "sh"),
+)
 
 _CONFIGURATION = """\
 NFS_CORE_PARAM {{
@@ -59,16 +64,16 @@ class Nas:
     def __init__(self, plan: NasPlan, folder: Path, popen: Callable[..., Any], logs: Path) -> None:
         self.plan, self.folder = plan, folder
         self._popen, self._logs = popen, logs
-        self._rpcbind: Child | None = None
-        self._ganesha: Child | None = None
-        self._starts = 0
+        self._children: list[Child] = []  # in the order of their starts
+        self._beside: tuple[str, ...] = ()  # begins a program where rpcbind runs
 
     def __enter__(self) -> "Nas":
         self.folder.mkdir(exist_ok=True)
         try:
-            words = (*_PRIVATE_RUN, "rpcbind", "-f", "-w", "-h", self.plan.management)
-            rpcbind = self._rpcbind = self._child("rpcbind", *words)
-            self._await(rpcbind, lambda: Path(f"/proc/{rpcbind.process.pid}/root/run/rpcbind.sock").exists())
+            rpcbind = self._child("rpcbind", *_PRIVATE_RUN, "rpcbind", "-f", "-w", "-h", self.plan.management)
+            process = Path(f"/proc/{rpcbind.process.pid}")
+            self._beside = ("nsenter", f"--mount={process}/ns/mnt")
+            wait_until(rpcbind, (process / "root/run/rpcbind.sock").exists, time.monotonic() + _UP_WITHIN_S)
             self.start()
         except BaseException:
             self.__exit__()
@@ -76,61 +81,53 @@ class Nas:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child in (self._ganesha, self._rpcbind):
-            if child is not None:
-                _end(child)
+        for child in reversed(self._children):
+            child.finish(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):  # then it is killed; what it was for is judged elsewhere
+                child.process.wait(_DOWN_WITHIN_S)
+            child.kill()
 
     def start(self) -> None:
         """Until it serves; also again, after `kill`."""
-        self._starts += 1
         configuration = self._logs / "ganesha.conf"
         further = _SINCE_6 if _major() >= 6 else ""
         configuration.write_text(
             _CONFIGURATION.format(ip=self.plan.management, folder=self.folder, export=self.plan.export, further=further)
         )
-        log = self._logs / f"ganesha.{self._starts}.log"
-        beside = ("nsenter", f"--mount=/proc/{self._rpcbind.process.pid}/ns/mnt") if self._rpcbind else ()
-        words = ("-F", "-f", str(configuration), "-L", str(log), "-p", "/run/ganesha.pid", "-N", "NIV_EVENT")
-        self._ganesha = self._child("ganesha", *beside, "ganesha.nfsd", *words)
-        self._await(
-            self._ganesha,
-            lambda: log.exists() and "NFS SERVER INITIALIZED" in log.read_text(errors="replace"),
-            lambda: _complaint(log),
-        )
+        options = ("-F", "-f", str(configuration), "-L", "/dev/stdout", "-p", "/run/ganesha.pid", "-N", "NIV_EVENT")
+        ganesha = self._child(f"ganesha.{len(self._children)}", *self._beside, "ganesha.nfsd", *options)
+        try:
+            wait_until(ganesha, lambda: _SERVES in "".join(ganesha.said()), time.monotonic() + _UP_WITHIN_S)
+        except TestbedError as error:
+            raise TestbedError(f"the NAS does not serve: {_complaint(ganesha.said())}; {error}") from error
 
     def kill(self) -> None:
         """kill -9 of the server."""
-        if self._ganesha is not None:
-            self._ganesha.kill()
+        self._children[-1].kill()
+
+    def freeze(self) -> None:
+        """SIGSTOP; `thaw` lets it go on."""
+        self._children[-1].process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._children[-1].process.send_signal(signal.SIGCONT)
 
     def _child(self, name: str, *words: str) -> Child:
-        return Child(name, self._popen, list(words), self._logs / f"{name}.out", self._logs)
-
-    def _await(self, child: Child, is_up: Callable[[], bool], complaint: Callable[[], str] = str) -> None:
-        deadline = time.monotonic() + _UP_WITHIN_S
-        while not is_up():
-            status = child.process.poll()
-            if status is not None or time.monotonic() > deadline:
-                said = complaint() or child.last_words()
-                raise TestbedError(f"the NAS does not serve: {child.name}, exit status {status}: {said}")
-            time.sleep(0.01)
+        child = Child(name, self._popen, list(words), self._logs / f"{name}.log", self._logs)
+        self._children.append(child)
+        return child
 
 
-def _end(child: Child) -> None:
-    child.process.send_signal(signal.SIGTERM)
-    try:
-        child.process.wait(_DOWN_WITHIN_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-
-
-def _complaint(log: Path) -> str:
+def _complaint(said: list[str]) -> str:
     """The last thing that ganesha calls critical or fatal."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return next((line for line in reversed(lines) if re.search(r":(CRIT|FATAL|MAJ) ?:", line)), "")
+    grave = [line for line in said if re.search(r":(CRIT|FATAL|MAJ) ?:", line)]
+    return grave[-1] if grave else "it does not complain of anything"
 
 
 def _major() -> int:
-    said = subprocess.run(["ganesha.nfsd", "-v"], capture_output=True, text=True, check=False).stdout
+    """Of ganesha's version, 4 of "NFS-Ganesha Release = V4.3"."""
+    said = run("ganesha.nfsd", "-v")
     found = re.search(r"V(\d+)\.", said)
-    return int(found[1]) if found else 0
+    if found is None:
+        raise TestbedError(f"ganesha.nfsd tells no version: {said.strip()}")
+    return int(found[1])

@@ -1,6 +1,5 @@
 """What the person sees: the rounds while they happen, then one table, then where the results lie."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from hosts.pace import Pace
+from hosts.policy import Action
 from hosts.precopy import Progress as RoundProgress
 from hosts.ram import PAGE
 from topologies.units import format_size
@@ -49,12 +50,11 @@ class _Lines:
     """A line for each round; of the many that one has that does not converge, one a second."""
 
     def __init__(self) -> None:
-        self._said = 0.0
+        self._pace = Pace(1.0)
 
     def __call__(self, note: RoundProgress) -> None:
-        now = time.monotonic()
-        if note.round and (note.number <= _ALL_ROUNDS or note.decision != "another round" or now - self._said >= 1.0):
-            self._said = now
+        one_of_many = note.number > _ALL_ROUNDS and note.decision == Action.CONTINUE.value
+        if note.round and (not one_of_many or self._pace.due()):
             say(f"round {note.number:2}  {_figures(note)}")
 
 

@@ -19,7 +19,7 @@ from subprocess import Popen
 from typing import Any
 
 from experiments.capture import WHOLE_FRAMES, Capture, CaptureNode
-from experiments.children import Child
+from experiments.children import Child, wait_until
 from experiments.run import Run
 from experiments.world import PRIVATE, open_vswitch, widen_port_buffers
 from hosts.control import MANAGER, issue_certificates
@@ -203,16 +203,8 @@ class Testbed:
         self._await("controller", lambda: bool(find(read_events(self.run.events_file), kind, source=source)))
 
     def _await(self, name: str, is_up: Callable[[], bool]) -> None:
-        """Until a part has said that it is up; TestbedError if it ended instead or takes too long."""
-        child, deadline = self.children[name], time.monotonic() + _UP_WITHIN_S
-        while not is_up():
-            status = child.process.poll()
-            if status is not None:
-                last = (child.said() or ["it said nothing"])[-1]
-                raise TestbedError(f"{name} ended with status {status} before it was up: {last}")
-            if time.monotonic() > deadline:
-                raise TestbedError(f"{name} is not up within {_UP_WITHIN_S:g} s; see {self.run.logs}/{name}.log")
-            time.sleep(0.01)
+        """Until a part is up; TestbedError if it ended instead or takes too long."""
+        wait_until(self.children[name], is_up, time.monotonic() + _UP_WITHIN_S)
 
 
 def guest_pids() -> set[int]:

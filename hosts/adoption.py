@@ -52,8 +52,9 @@ def _bury(site: Site, home: Path) -> None:
     vm, host = home.stem, site.host.name
     end_guest(home)
     newest = site.datastore.newest(vm)
-    ours = newest and fate(newest, host, "") is not Fate.DISCARDED
-    if newest and ours and site.datastore.claim(vm, newest.generation + 1, host, running=False):
+    if newest is None or fate(newest, host, "") is Fate.DISCARDED:
+        return
+    if site.datastore.claim(vm, newest.generation + 1, host, running=False):
         site.events.emit("vm.lost", vm=vm, generation=newest.generation + 1)
 
 

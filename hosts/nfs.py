@@ -13,11 +13,11 @@ Calls of one Mount wait for each other; threads that must not wait have a Mount 
 """
 
 import ctypes
-import ctypes.util
 import errno
+import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from topologies.errors import TestbedError
@@ -91,11 +91,12 @@ _PROTOTYPES: dict[str, tuple[Any, Sequence[Any]]] = {
     "nfs_rename": (_int, (_pointer, _text, _text)),
     "nfs_unlink": (_int, (_pointer, _text)),
     "nfs_chown": (_int, (_pointer, _text, _int, _int)),
-    "nfs_chmod": (_int, (_pointer, _text, _int)),
 }
 
 
-def _load() -> Any:
+@functools.cache
+def library() -> Any:
+    """libnfs; NfsMissing without it."""
     for soname in _SONAMES:
         try:
             library = ctypes.CDLL(soname)
@@ -112,19 +113,6 @@ def _load() -> Any:
             continue
         raise NfsMissing(f"{soname} is newer than what is known here; install one of {', '.join(_SONAMES)}")
     raise NfsMissing(f"there is no libnfs here; install {' or '.join(_SONAMES)} (libnfs14, libnfs13)")
-
-
-_loading = threading.Lock()
-_library: Any = None
-
-
-def library() -> Any:
-    """libnfs; NfsMissing without it."""
-    global _library
-    with _loading:
-        if _library is None:
-            _library = _load()
-        return _library
 
 
 class Mount:
@@ -176,15 +164,12 @@ class Mount:
         """What a folder holds."""
         folder = _pointer()
         self._call("nfs_opendir", path.encode(), ctypes.byref(folder))
-        try:
-            return [name for name in self._entries(folder) if name not in (".", "..")]
-        finally:
-            with self._one_at_a_time:
-                self._nfs.nfs_closedir(self._context, folder)
-
-    def _entries(self, folder: Any) -> Iterator[str]:
-        while entry := self._nfs.nfs_readdir(self._context, folder):
-            yield entry.contents.name.decode()
+        names = []
+        with self._one_at_a_time:  # (these two do not call the server)
+            while entry := self._nfs.nfs_readdir(self._context, folder):
+                names.append(entry.contents.name.decode())
+            self._nfs.nfs_closedir(self._context, folder)
+        return [name for name in names if name not in (".", "..")]
 
     def link(self, path: str, new: str) -> None:
         self._call("nfs_link", path.encode(), new.encode())

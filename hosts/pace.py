@@ -1,4 +1,4 @@
-"""How often a migration tells how far it has come: not with every page, and not in a switchover that is soon over."""
+"""How often it is told how far a migration has come: not with every page, not in a switchover that is soon over."""
 
 import time
 
@@ -6,14 +6,15 @@ EVERY_S = 0.1
 
 
 class Pace:
-    """`due` is true every EVERY_S at most, and the first time when so much has passed."""
+    """`due` is true every so many seconds at most, and the first time when so much has passed."""
 
-    def __init__(self) -> None:
+    def __init__(self, every_s: float | None = None) -> None:
+        self._every_s = EVERY_S if every_s is None else every_s
         self._told = time.monotonic()
 
     def due(self) -> bool:
         now = time.monotonic()
-        if now - self._told < EVERY_S:
+        if now - self._told < self._every_s:
             return False
         self._told = now
         return True

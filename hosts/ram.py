@@ -6,7 +6,7 @@ which they are probed:
 
     wp-async     userfaultfd WP_ASYNC + PAGEMAP_SCAN (Linux 6.7, Documentation/admin-guide/mm/pagemap.rst)
     soft-dirty   /proc/PID/clear_refs and pagemap bit 55 (admin-guide/mm/soft-dirty.rst), guest stopped meanwhile
-    hash         xxh3 of every page: no kernel help needed, about 0.2 s for each GiB
+    hash         xxh3 of every page: no kernel help needed, 0.12 s for each GiB (here, 2026)
 
 None of them sees writes through another mapping than the guest's own (the agent's, pwrite): whoever
 writes so has to know what it wrote. Sets of pages are *runs*: an (n, 2) uint32 array of [first, end).

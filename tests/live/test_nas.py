@@ -2,12 +2,12 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from experiments.nas import Nas
 from experiments.testbed import Testbed
 
 ROOT = Path(__file__).parents[2]
+Start = Callable[[str, str], "subprocess.Popen[str]"]
 MISSING = [program for program in ("ganesha.nfsd", "rpcbind") if shutil.which(program) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no NAS without {' and '.join(MISSING)} (apt-get install)")
 
@@ -36,16 +37,31 @@ def nas(testbed: Testbed, tmp_path: Path) -> Iterator[Nas]:
         yield nas
 
 
-def on(testbed: Testbed, host: str, program: str) -> "subprocess.Popen[str]":
-    """A Python program in a host's namespace that has a function `mount(uid=0)`."""
+@pytest.fixture
+def on(testbed: Testbed) -> Iterator[Start]:
+    """Starts a Python program in a host's namespace that has a function `mount(uid=0)`; ended with the test."""
     plan: Any = testbed.run.plan.nas
     head = f"""
-        import errno, os, sys, time
+        import os, sys, time
         from hosts.nfs import Mount, NasSilent
         def mount(uid=0): return Mount("{plan.management}", "{plan.export}", uid, timeout_s=1)
     """
-    words = [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(program)]
-    return testbed.popen(host)(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    with ExitStack() as stack:
+
+        def start(host: str, program: str) -> "subprocess.Popen[str]":
+            words = [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(program)]
+            pipe = subprocess.PIPE
+            process: subprocess.Popen[str] = testbed.popen(host)(words, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def await_ready(process: "subprocess.Popen[str]") -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
 
 
 def outcome(process: "subprocess.Popen[str]") -> str:
@@ -54,7 +70,7 @@ def outcome(process: "subprocess.Popen[str]") -> str:
     return said.strip()
 
 
-def test_what_one_host_writes_the_other_reads(testbed: Testbed, nas: Nas) -> None:
+def test_what_one_host_writes_the_other_reads(on: Start, nas: Nas) -> None:
     writer = """
         m = mount()
         m.mkdir("/vm1")
@@ -64,21 +80,21 @@ def test_what_one_host_writes_the_other_reads(testbed: Testbed, nas: Nas) -> Non
             file.sync()
             print(file.stat().size)
     """
-    assert outcome(on(testbed, "esx1", writer)) == str(5 + 6 * 400_000)
+    assert outcome(on("esx1", writer)) == str(5 + 6 * 400_000)
     reader = """
         m = mount()
         content = m.read("/vm1/vm1.vmx", 10_000_000)
         print(m.names("/vm1"), len(content), content[:11], content[-6:])
     """
-    assert outcome(on(testbed, "esx2", reader)) == "['vm1.vmx'] 2400005 b'hello world' b' world'"
+    assert outcome(on("esx2", reader)) == "['vm1.vmx'] 2400005 b'hello world' b' world'"
     assert (nas.folder / "vm1/vm1.vmx").stat().st_size == 2400005
 
 
-def test_of_many_that_link_the_same_name_one_wins(testbed: Testbed, nas: Nas) -> None:
+def test_of_many_that_link_the_same_name_one_wins(on: Start, nas: Nas) -> None:
     contender = """
-        me = sys.argv[0] + str(os.getpid())
         m = mount()
         m.write_new(f"/draft-{os.getpid()}", b"")
+        print("ready", flush=True)
         sys.stdin.readline()
         won = 0
         for number in range(50):
@@ -89,8 +105,9 @@ def test_of_many_that_link_the_same_name_one_wins(testbed: Testbed, nas: Nas) ->
                 pass
         print(won)
     """
-    contenders = [on(testbed, host, contender) for host in ("esx1", "esx2", "esx1", "esx2")]
-    time.sleep(0.5)
+    contenders = [on(host, contender) for host in ("esx1", "esx2", "esx1", "esx2")]
+    for one in contenders:
+        await_ready(one)
     for one in contenders:
         assert one.stdin is not None
         one.stdin.write("go\n")
@@ -98,7 +115,7 @@ def test_of_many_that_link_the_same_name_one_wins(testbed: Testbed, nas: Nas) ->
     assert sum(int(outcome(one)) for one in contenders) == 50
 
 
-def test_who_does_not_own_a_file_any_more_cannot_write_to_it(testbed: Testbed, nas: Nas) -> None:
+def test_who_does_not_own_a_file_any_more_cannot_write_to_it(on: Start, nas: Nas) -> None:
     program = """
         root, old, new = mount(), mount(200_001), mount(200_002)
         root.write_new("/disk", bytes(8192), 0o644)
@@ -113,14 +130,12 @@ def test_who_does_not_own_a_file_any_more_cannot_write_to_it(testbed: Testbed, n
                 print(error)
         print(root.read("/disk", 4))
     """
-    said = outcome(on(testbed, "esx1", program)).splitlines()
+    said = outcome(on("esx1", program)).splitlines()
     assert "belongs to user 200002, not to 200001" in said[0]
     assert said[1] == "b'hers'"
 
 
-def test_a_server_that_is_killed_and_comes_back_has_lost_nothing_that_it_acknowledged(
-    testbed: Testbed, nas: Nas
-) -> None:
+def test_a_server_that_is_killed_and_comes_back_has_lost_nothing_that_it_acknowledged(on: Start, nas: Nas) -> None:
     writer = """
         m = mount()
         m.write_new("/disk", bytes(4096))
@@ -139,9 +154,8 @@ def test_a_server_that_is_killed_and_comes_back_has_lost_nothing_that_it_acknowl
                         silent += 1
             print(number, silent, int.from_bytes(disk.read(0, 8), "big"))
     """
-    process = on(testbed, "esx1", writer)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    process = on("esx1", writer)
+    await_ready(process)
     time.sleep(1)
     nas.kill()
     time.sleep(1.5)
@@ -151,7 +165,7 @@ def test_a_server_that_is_killed_and_comes_back_has_lost_nothing_that_it_acknowl
     assert silent > 0
 
 
-def test_a_server_that_is_not_there_is_named_in_time(testbed: Testbed, tmp_path: Path) -> None:
+def test_a_server_that_is_not_there_is_named_in_time(on: Start) -> None:
     program = """
         began = time.monotonic()
         try:
@@ -159,11 +173,11 @@ def test_a_server_that_is_not_there_is_named_in_time(testbed: Testbed, tmp_path:
         except OSError as error:
             print(error, time.monotonic() - began < 10)
     """
-    said = outcome(on(testbed, "esx1", program))
+    said = outcome(on("esx1", program))
     assert "10.0.99.3:/datastore1" in said and said.endswith("True")
 
 
-def test_a_frozen_server_makes_a_call_fail_and_not_hang(testbed: Testbed, nas: Nas) -> None:
+def test_a_frozen_server_makes_a_call_fail_and_not_hang(on: Start, nas: Nas) -> None:
     program = """
         m = mount()
         print("ready", flush=True)
@@ -174,16 +188,15 @@ def test_a_frozen_server_makes_a_call_fail_and_not_hang(testbed: Testbed, nas: N
         except NasSilent:
             print(time.monotonic() - began < 5)
     """
-    process = on(testbed, "esx2", program)
-    assert process.stdout is not None and process.stdin is not None
-    assert process.stdout.readline() == "ready\n"
-    assert nas._ganesha is not None
-    nas._ganesha.process.send_signal(signal.SIGSTOP)
+    process = on("esx2", program)
+    await_ready(process)
+    nas.freeze()
     try:
+        assert process.stdin is not None
         process.stdin.write("go\n")
         assert outcome(process) == "True"
     finally:
-        nas._ganesha.process.send_signal(signal.SIGCONT)
+        nas.thaw()
 
 
 def test_the_nas_leaves_nothing_behind(testbed: Testbed, tmp_path: Path) -> None:

@@ -87,3 +87,22 @@ def test_a_vm_is_said_to_be_where_its_newest_generation_is(
     vcenter = Scripted(tmp_path, answer)
     assert vcenter.find("vm1") == words
     assert vcenter.places.get("vm1") == place
+
+
+def test_a_host_whose_answer_to_a_preparation_is_lost_is_told_to_forget_it(tmp_path: Path) -> None:
+    said: list[tuple[str, str]] = []
+
+    def answer(host: str, request: control.Request) -> Any:
+        said.append((host, type(request).__name__))
+        match request:
+            case control.Prepare():
+                raise AgentGone("its agent is gone")
+            case control.Status():
+                return status({"vm1": "running"} if host == "esx1" else {})
+            case control.Owner():
+                return {"host": "esx1", "running": True}
+        return {}
+
+    with pytest.raises(MigrationFailed, match="its agent is gone; VM vm1 is on esx1: running"):
+        Scripted(tmp_path, answer).migrate("vm1", "esx2")
+    assert said[:2] == [("esx2", "Prepare"), ("esx2", "Abandon")]
