@@ -122,7 +122,7 @@ def experiment_options(parser: argparse.ArgumentParser) -> None:
     add("--compress", choices=COMPRESSIONS, default="none", help="pack pages where that is faster")
     add("--bandwidth-limit", type=quantity(parse_bitrate), default="unshaped", metavar="RATE", help="like 500Mbit")
     add("--streams", type=_streams, default=1, metavar="N", help="TCP connections that carry pages")
-    add("--datastore", choices=("local",), default="local", help="where ownership is kept")
+    add("--datastore", choices=("nfs", "local"), default="nfs", help="where the VMs' files are")
     add("--seed", type=int, default=1, help="of the clients' random choices")
     add("--out", type=Path, default=None, metavar="DIR", help="results folder (default: results/NAME-TIME)")
 
@@ -160,6 +160,7 @@ def options_of(chosen: argparse.Namespace, command_line: Sequence[str]) -> Optio
         schedule_ms=chosen.announce_ms,
         policy=Policy(chosen.downtime_ms, chosen.timeout_s, chosen.mode, chosen.timeout_strategy),
         transport=Transport(chosen.encrypt, chosen.compress, chosen.bandwidth_limit, chosen.streams),
+        datastore=chosen.datastore,
         seed=chosen.seed,
         out=chosen.out,
         only=tuple(getattr(chosen, "only", ())),

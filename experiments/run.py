@@ -42,6 +42,7 @@ class Options:
     transport: Transport = field(default_factory=Transport)
     only: tuple[str, ...] = ()  # of an experiment with cases: which
     long: bool = False
+    datastore: str = "nfs"  # or "local"
     migrations: int = 1  # of an experiment that repeats one
     peer_timeout_s: float = PEER_TIMEOUT_S
     command_line: tuple[str, ...] = field(default=tuple(sys.argv))

@@ -20,13 +20,16 @@ from typing import Any
 
 from experiments.capture import WHOLE_FRAMES, Capture, CaptureNode
 from experiments.children import Child, wait_until
+from experiments.nas import Nas
 from experiments.run import Run
 from experiments.world import PRIVATE, open_vswitch, widen_port_buffers
 from hosts.control import MANAGER, issue_certificates
-from hosts.guest import end_guest
+from hosts.processes import end_behind
 from hosts.vcenter import VCenter
-from topologies.errors import TestbedError
+from topologies.errors import TestbedError, UsageError
 from topologies.events import find, read_events
+from topologies.plan import Nas as NasPlan
+from topologies.plan import Plan
 from topologies.two_hosts import TwoHosts
 
 _ROOT = Path(__file__).parent.parent
@@ -50,6 +53,7 @@ class Testbed:
         self._starts: Counter[str] = Counter()
         self._stack = ExitStack()
         self.net: Any
+        self.nas: Nas | None = None
         self.vcenter: VCenter
 
     def __enter__(self) -> "Testbed":
@@ -59,6 +63,9 @@ class Testbed:
             self.net = stack.enter_context(self._network())
             self._await_event("switch.connected", "controller")
             widen_port_buffers(vswitchd)
+            if self.run.options.datastore == "nfs":
+                plan = _nas(self.run.plan)
+                self.nas = stack.enter_context(Nas(plan, self.datastore, self.popen(plan.name), self.run.logs))
             certificates = self._certificates()
             self._start_agents()
             options = self.run.options
@@ -80,7 +87,9 @@ class Testbed:
     def capture(self) -> Capture:
         """A capture of every node's ends of links, and of the OpenFlow connection (lo of the root namespace)."""
         plan, nodes = self.run.plan, []
-        for name in [*(host.name for host in plan.hosts), *(client.name for client in plan.clients), plan.switch]:
+        names = [host.name for host in plan.hosts] + [client.name for client in plan.clients]
+        names += [self.nas.plan.name] if self.nas else []
+        for name in [*names, plan.switch]:
             links = [intf.name for intf in self.net[name].intfList() if intf.link]
             interfaces = [(link, HEADERS_BYTES) for link in links]
             if name == plan.switch:
@@ -170,7 +179,7 @@ class Testbed:
         return PRIVATE
 
     def _start_agents(self) -> None:
-        self.datastore.mkdir()
+        self.datastore.mkdir(exist_ok=True)
         self._stack.callback(self._end_guests)
         for host in self.run.plan.hosts:
             (_GUESTS / host.name).mkdir(parents=True, exist_ok=True)
@@ -180,10 +189,15 @@ class Testbed:
 
     def _launch_agent(self, host: str) -> None:
         words = ["hosts.agent", "--plan", str(self.run.options.plan_file), "--host", host]
-        words += ["--certificates", str(PRIVATE), "--datastore", str(self.datastore), "--guests", str(_GUESTS / host)]
+        words += ["--certificates", str(PRIVATE), "--datastore", self.where, "--guests", str(_GUESTS / host)]
         words += ["--peer-timeout-s", str(self.run.options.peer_timeout_s)]
         words += ["--events", str(self.run.events_file), "--logs", str(self.run.logs)]
         self.start_child(f"agent-{host}", self.popen(host), *words)
+
+    @property
+    def where(self) -> str:
+        """The datastore's name for the hosts (hosts/store.py)."""
+        return f"nfs://{self.nas.plan.management}{self.nas.plan.export}" if self.nas else str(self.datastore)
 
     def _listened(self, host: str) -> int:
         """How many agents of a host have come up so far."""
@@ -195,9 +209,13 @@ class Testbed:
     def _end_guests(self) -> None:
         """An agent ends its VMs, but one that was killed and not restarted has left them."""
         for host in self.run.plan.hosts:
-            for home in (_GUESTS / host.name).iterdir():
-                if end_guest(home):
-                    self.run.events.emit("guest.ended", host=host.name, vm=home.stem)
+            self.end_vms(host.name)
+
+    def end_vms(self, host: str) -> None:
+        """kill -9 of everything that is a VM on a host."""
+        for home in sorted((_GUESTS / host).iterdir()):
+            if end_behind(home):
+                self.run.events.emit("guest.ended", host=host, vm=home.stem)
 
     def _await_event(self, kind: str, source: str) -> None:
         self._await("controller", lambda: bool(find(read_events(self.run.events_file), kind, source=source)))
@@ -205,6 +223,12 @@ class Testbed:
     def _await(self, name: str, is_up: Callable[[], bool]) -> None:
         """Until a part is up; TestbedError if it ended instead or takes too long."""
         wait_until(self.children[name], is_up, time.monotonic() + _UP_WITHIN_S)
+
+
+def _nas(plan: Plan) -> NasPlan:
+    if plan.nas is None:
+        raise UsageError("the plan has no NAS; add a table [nas] to it, or run with --datastore local")
+    return plan.nas
 
 
 def guest_pids() -> set[int]:

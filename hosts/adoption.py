@@ -15,8 +15,9 @@ from enum import Enum
 from pathlib import Path
 
 from hosts.datastore import Claim, DatastoreError
-from hosts.guest import end_guest, is_whole
+from hosts.guest import is_whole
 from hosts.machine import Machine, Site
+from hosts.processes import end_behind
 
 
 class Fate(Enum):
@@ -42,7 +43,7 @@ def adopt(site: Site, home: Path) -> Machine | None:
         return None
     machine = Machine.adopt(site, home)
     try:
-        return machine if _settle(machine, machine.guest.state) else None
+        return machine if settle(machine, machine.guest.state) else None
     except BaseException:
         machine.let_go()
         raise
@@ -50,7 +51,7 @@ def adopt(site: Site, home: Path) -> Machine | None:
 
 def _bury(site: Site, home: Path) -> None:
     vm, host = home.stem, site.host.name
-    end_guest(home)
+    end_behind(home)  # and its vmx notices
     newest = site.datastore.newest(vm)
     if newest is None or fate(newest, host, "") is Fate.DISCARDED:
         return
@@ -58,7 +59,8 @@ def _bury(site: Site, home: Path) -> None:
         site.events.emit("vm.lost", vm=vm, generation=newest.generation + 1)
 
 
-def _settle(machine: Machine, state: str) -> bool:
+def settle(machine: Machine, state: str) -> bool:
+    """What the datastore says becomes of a VM in this state; whether it is this host's, and runs."""
     site, vm = machine.site, machine.vm.name
     while True:
         newest = site.datastore.newest(vm)
@@ -70,13 +72,12 @@ def _settle(machine: Machine, state: str) -> bool:
                 machine.emit("vm.discarded", state=state, owner=newest.host)
                 return False
             case Fate.GOES_ON:
-                machine.generation = newest.generation
-                machine.port.open()
+                machine.vmx.go_on()
                 machine.emit("vm.adopted", state=state, generation=machine.generation)
                 return True
-            case Fate.RUNS_AGAIN if site.datastore.claim(vm, newest.generation + 1, site.host.name):
-                machine.generation = newest.generation + 1
-                machine.port.open()
+            case Fate.RUNS_AGAIN if lease := site.datastore.claim(vm, newest.generation + 1, site.host.name):
+                machine.own(lease)
+                machine.open_gate()
                 machine.guest.run()
                 machine.emit("vm.adopted", state=state, generation=machine.generation)
                 machine.announcer.start(lambda number, mode, frames: None)

@@ -1,7 +1,9 @@
 """The agent of a host: one process in the host's namespace that owns the host's VMs.
 
-    python -m hosts.agent --plan PLAN --host esx1 --certificates DIR --datastore DIR --guests DIR
+    python -m hosts.agent --plan PLAN --host esx1 --certificates DIR --datastore WHERE --guests DIR
                           --events FILE --logs DIR
+
+WHERE is a store (hosts/store.py).
 
 It serves the control API (hosts/control.py) on the management segment and the vMotion stream
 (hosts/protocol.py) on its vMotion VMkernel port. SIGTERM shuts the host down: its VMs end with it. If it ends in
@@ -23,19 +25,22 @@ from types import FrameType
 from typing import Any
 
 from hosts import control, protocol
-from hosts.adoption import adopt
+from hosts.adoption import adopt, settle
 from hosts.breakpoints import Breakpoints
-from hosts.datastore import LocalDatastore
+from hosts.datastore import Datastore, DatastoreError, OwnerUnknown
 from hosts.destination import IncomingMigration
 from hosts.guest import GuestEnded
 from hosts.machine import Machine, Site
 from hosts.protocol import Hello, Join
 from hosts.source import Outcome, OutgoingMigration
+from hosts.store import Store, open_store
 from hosts.stream import PEER_TIMEOUT_S, Stream, StreamLost
+from hosts.vm_log import VmLog
 from hosts.vmotion_port import VmotionPort
+from hosts.vmx import SUFFIX
 from topologies.errors import TestbedError
 from topologies.events import EventLog
-from topologies.plan import Plan, read_plan
+from topologies.plan import VM, Plan, check_vm, read_plan
 
 # A silent source is noticed after PEER_TIMEOUT_S, and taking a VM apart takes a fraction of a second.
 _DISCARDED_WITHIN_S = 2 * PEER_TIMEOUT_S
@@ -45,6 +50,8 @@ _TIMEOUTS_UNTIL_GIVEN_UP = 10
 # A round makes objects by the thousand and no cycles: the collector need not look so often (the default is 700, 10,
 # 10). Netlink's messages are cycles, some hundred objects in each migration.
 _COLLECT = (10_000, 10, 10)
+_MOUNTED_WITHIN_S = 15.0
+_LOOK_AFTER_S = 0.5
 
 
 class AgentError(TestbedError):
@@ -66,14 +73,22 @@ class Agent:
         self.breakpoints = Breakpoints(lambda state: site.events.emit("breakpoint.reached", state=state))
         self.port = VmotionPort(site.host, plan, certificates, peer_timeout_s, self.breakpoints.entered)
         self.busy: set[str] = set()  # names of VMs that are arriving, leaving, starting or stopping
+        self._unsettled: dict[str, str] = {}  # VM -> why nothing could be done about it
+        self._closed = threading.Event()
 
     # ------------------------------------------------------------ the control API
 
     def handle(self, request: control.Request, notify: control.Notify) -> Any:
         """Carry out a request; the handler of the control server."""
         match request:
+            case control.Create():
+                return self._create(request)
+            case control.Register():
+                return self._described(request.vm)
             case control.PowerOn():
                 return self._power_on(request)
+            case control.Restart():
+                return self._restart(request)
             case control.PowerOff():
                 return self._power_off(request)
             case control.Prepare():
@@ -96,44 +111,95 @@ class Agent:
                 return {}
         raise AgentError(f"{type(request).__name__} is not for an agent")
 
-    def _power_on(self, request: control.PowerOn) -> dict[str, Any]:
+    def _create(self, request: control.Create) -> dict[str, Any]:
         vm = request.vm
-        with self._reserved(vm.name):
-            self._adopt(self.site.guests / vm.name)  # if that was not possible before
-            newest = self.site.datastore.newest(vm.name)
-            here = self.machines.get(vm.name)
+        check_vm(vm, self.site.host)
+        with self._reserved(vm.name), self._storage(vm.name):
+            self.site.folder_of(vm.name).create(vm)
+        return {}
+
+    def _described(self, vm: str) -> VM:
+        """What a VM's files say it is, and that it can run here."""
+        with self._storage(vm):
+            described = self.site.folder_of(vm).read(self.name)
+        check_vm(described, self.site.host)
+        return described
+
+    def _power_on(self, request: control.PowerOn) -> dict[str, Any]:
+        with self._reserved(request.vm):
+            self._adopt(self.site.guests / request.vm)  # if that was not possible before
+            newest = self.site.datastore.newest(request.vm)
+            here = self.machines.get(request.vm)
             # what is ours and not here, or dead, has ended without being able to say so
             if newest is not None and newest.running and (newest.host != self.name or (here and here.is_alive)):
-                raise AgentError(f"VM {vm.name} is running on {newest.host} (generation {newest.generation})")
-            if here:
-                self.machines.pop(vm.name).dismantle()
-            with ExitStack() as undo:
-                machine = Machine.build(self.site, vm, request.announce, request.schedule_ms)
-                undo.callback(machine.dismantle)
-                machine.generation = newest.generation + 1 if newest else 1
-                if not self.site.datastore.claim(vm.name, machine.generation, self.name):
-                    raise AgentError(f"VM {vm.name} was just powered on by another host")
-                machine.guest.power_on()
-                machine.port.open()
-                undo.pop_all()
-            self.machines[vm.name] = machine
-            machine.emit("vm.powered_on", generation=machine.generation, tracking=machine.guest.tracking)
-            machine.announcer.start(lambda number, mode, frames: None)
-        return {"generation": machine.generation, "tracking": machine.guest.tracking}
+                raise AgentError(f"VM {request.vm} is running on {newest.host} (generation {newest.generation})")
+            return self._start(request, newest.generation + 1 if newest else 1)
+
+    def _restart(self, request: control.Restart) -> dict[str, Any]:
+        with self._reserved(request.vm):
+            if request.vm in self.machines and self.machines[request.vm].is_alive:
+                raise AgentError(f"VM {request.vm} is running on {self.name}: there is nothing to restart")
+            owner = self.site.datastore.await_silence(request.vm)
+            if owner is None:
+                raise AgentError(f"VM {request.vm} is alive: its owner's pulse goes on")
+            if not owner.running:
+                raise AgentError(f"VM {request.vm} is off: nobody has it who could have died")
+            self.site.events.emit("lease.broken", vm=request.vm, generation=owner.generation, owner=owner.host)
+            return self._start(request, owner.generation + 1)
+
+    def _start(self, request: control.PowerOn | control.Restart, generation: int) -> dict[str, Any]:
+        """With the VM reserved: from its files, under a generation that is still to be claimed."""
+        vm, site = self._described(request.vm), self.site
+        if vm.name in self.machines:
+            self.machines.pop(vm.name).dismantle()
+        with ExitStack() as undo:
+            machine = Machine.build(site, vm, request.announce, request.schedule_ms)
+            undo.callback(machine.dismantle)
+            lease = site.datastore.claim(vm.name, generation, self.name)
+            if lease is None:
+                raise AgentError(f"VM {vm.name} was just powered on by another host")
+            undo.pop_all()
+            undo.callback(self._bury, machine, "it could not be powered on")
+            machine.own(lease)
+            site.vm_log.begin(vm.name)
+            with self._storage(vm.name):
+                nvram = site.folder_of(vm.name).nvram()
+            booted = machine.guest.power_on(nvram)
+            machine.open_gate()
+            undo.pop_all()
+        self.machines[vm.name] = machine
+        disk = {"entries": booted.entries, "replayed": booted.replayed}
+        machine.emit("vm.powered_on", generation=generation, tracking=machine.guest.tracking, **disk)
+        machine.announcer.start(lambda number, mode, frames: None)
+        return {"generation": generation, "tracking": machine.guest.tracking, **disk}
 
     def _power_off(self, request: control.PowerOff) -> dict[str, Any]:
         with self._reserved(request.vm):
             machine = self._machine(request.vm)
+            nvram = self._shut_down(machine)
             generation = machine.generation + 1
             del self.machines[request.vm]
             machine.dismantle()
             if not self.site.datastore.claim(request.vm, generation, self.name, running=False):
                 raise AgentError(f"VM {request.vm} was off, but generation {generation} is not ours")
-            machine.emit("vm.powered_off", generation=generation)
-        return {}
+            if nvram:
+                with self._storage(request.vm):
+                    self.site.folder_of(request.vm).save_nvram(nvram)
+            self.site.events.emit("vm.powered_off", vm=request.vm, generation=generation, orderly=bool(nvram))
+        return {"generation": generation, "orderly": bool(nvram)}
+
+    def _shut_down(self, machine: Machine) -> bytes:
+        """Its nvram; empty if it could not be asked. What it has acknowledged is on its disk in any case."""
+        try:
+            machine.emit("vm.shutting_down", generation=machine.generation)
+            machine.hold()
+            return machine.guest.shut_down()
+        except TestbedError as error:
+            self.log(f"VM {machine.vm.name} is powered off without having been shut down: {error}")
+            return b""
 
     def _prepare(self, request: control.Prepare) -> dict[str, Any]:
-        vm = request.vm
+        vm = self._described(request.vm)
         newest = self.site.datastore.newest(vm.name)
         if newest is None or not newest.running:
             raise AgentError(f"VM {vm.name} is not running anywhere")
@@ -142,9 +208,13 @@ class Agent:
             undo.callback(self.busy.discard, vm.name)
             if vm.name in self.machines:
                 raise AgentError(f"VM {vm.name} is here already")
+            draft = self.site.datastore.draft(vm.name, newest.generation + 1, self.name)
+            if draft is None:
+                raise AgentError(f"VM {vm.name} has just changed its owner")
+            undo.callback(draft.discard)
             machine = Machine.build(self.site, vm, request.announce, request.schedule_ms)
             undo.callback(machine.dismantle)
-            incoming = IncomingMigration(machine, request.migration, newest.generation + 1, request.encrypt)
+            incoming = IncomingMigration(machine, request.migration, draft, request.encrypt)
             incoming.expire_after(self._patience_s, self._expire)
             with self.lock:
                 self.arriving[request.migration] = incoming
@@ -218,14 +288,14 @@ class Agent:
             coming = {name: {"role": "destination", "progress": None} for name in (*self.arriving, *self.receiving)}
             leaving = {name: {"role": "source", "progress": self.progress.get(name)} for name in list(self.leaving)}
             running = [incoming.machine for incoming in self.receiving.values() if incoming.resumed]
-        vms = {machine.vm.name: _described(machine) for machine in [*self.machines.values(), *running]}
+        vms = {machine.vm.name: _said_of(machine) for machine in [*self.machines.values(), *running]}
         return {"host": self.name, "vms": vms, "migrations": coming | leaving, "memory_bytes": memory_bytes()}
 
     # ------------------------------------------------------------ what another agent has left
 
     def adopt_all(self) -> None:
         """At the start: every guest that is on this host, each as the datastore tells."""
-        for home in sorted(self.site.guests.iterdir()):
+        for home in sorted(home for home in self.site.guests.iterdir() if home.suffix != SUFFIX):
             try:
                 self._adopt(home)
             except TestbedError as error:  # it stays as it is; a PowerOn tries again
@@ -241,6 +311,37 @@ class Agent:
             return
         if machine is not None:
             self.machines[home.name] = machine
+
+    def look_after(self) -> None:
+        """For ever: a VM whose guest has ended and that is another's is taken away; one that waits for word gets it."""
+        while not self._closed.wait(_LOOK_AFTER_S):
+            for vm, machine in list(self.machines.items()):
+                if machine.owner_unknown or not machine.is_alive:
+                    try:
+                        with self._reserved(vm):
+                            self._look_at(vm, machine)
+                    except TestbedError as error:  # busy, or no word yet
+                        self._note_unsettled(vm, str(error))
+
+    def _look_at(self, vm: str, machine: Machine) -> None:
+        if self.machines.get(vm) is not machine:
+            return
+        if machine.is_alive:
+            if not settle(machine, machine.guest.state):
+                del self.machines[vm]
+            machine.owner_unknown = False
+            return
+        newest = self.site.datastore.newest(vm)
+        if newest is None or newest.host != self.name or not newest.running:
+            del self.machines[vm]
+            machine.dismantle()
+            machine.emit("vm.discarded", state="dead", owner=newest.host if newest else "")
+
+    def _note_unsettled(self, vm: str, why: str) -> None:
+        """Once for each reason."""
+        if self._unsettled.get(vm) != why:
+            self._unsettled[vm] = why
+            self.log(f"VM {vm} waits: {why}")
 
     # ------------------------------------------------------------ the vMotion port
 
@@ -297,28 +398,41 @@ class Agent:
             why = repr(error)
             self.log(traceback.format_exc())
         try:
-            if machine.generation == 0:  # it never came to the point of no return
+            if machine.owner_unknown:
+                self._keep(machine)
+            elif machine.generation == 0:  # it never came to the point of no return
                 self._discard(incoming, why)
             elif not incoming.arrived:
-                self._bury(machine, incoming.migration, why)
+                self._bury(machine, why, migration=incoming.migration)
             else:
-                with self.lock:
-                    self.machines[machine.vm.name] = machine
+                self._keep(machine)
         finally:
             with self.lock:
                 self.busy.discard(machine.vm.name)
                 del self.receiving[hello.migration]
                 incoming.ended.set()
 
-    def _bury(self, machine: Machine, migration: str, why: str) -> None:
+    def _keep(self, machine: Machine) -> None:
+        """It has come; with a new log, if it is ours."""
+        if machine.generation:
+            self.site.vm_log.begin(machine.vm.name)
+            machine.emit("vm.arrived", generation=machine.generation)
+        with self.lock:
+            self.machines[machine.vm.name] = machine
+
+    def _bury(self, machine: Machine, why: str, **fields: Any) -> None:
         """It was ours and cannot go on: it is off, and can be powered on again anywhere."""
         generation = machine.generation + 1
         machine.dismantle()
-        self.site.datastore.claim(machine.vm.name, generation, self.name, running=False)
-        machine.emit("vm.lost", migration=migration, generation=generation, reason=why)
+        try:
+            self.site.datastore.claim(machine.vm.name, generation, self.name, running=False)
+        except (DatastoreError, OwnerUnknown) as error:  # then its lease has to be broken, elsewhere
+            why += f"; and the datastore could not be told: {error}"
+        machine.emit("vm.lost", generation=generation, reason=why, **fields)
 
     def _discard(self, incoming: IncomingMigration, why: str) -> None:
         incoming.expiry.cancel()
+        incoming.draft.discard()
         try:
             incoming.machine.dismantle()
             incoming.machine.emit("migration.discarded", migration=incoming.migration, reason=why)
@@ -326,6 +440,14 @@ class Agent:
             self.busy.discard(incoming.machine.vm.name)
 
     # ------------------------------------------------------------ tables
+
+    @contextmanager
+    def _storage(self, vm: str) -> Iterator[None]:
+        """Trouble with a VM's files is told with its name."""
+        try:
+            yield
+        except OSError as error:
+            raise AgentError(f"VM {vm}: its files on {self.site.where}: {error}") from error
 
     @contextmanager
     def _reserved(self, vm: str) -> Iterator[None]:
@@ -353,6 +475,7 @@ class Agent:
 
     def close(self) -> None:
         """End every VM that is here; one that is coming is refused, if it has not come yet."""
+        self._closed.set()
         with self.lock:
             receiving = list(self.receiving.values())
         for incoming in receiving:
@@ -361,13 +484,17 @@ class Agent:
         late = [incoming for incoming in receiving if not incoming.ended.wait(max(0.0, deadline - time.monotonic()))]
         coming = [incoming.machine for incoming in (*self.arriving.values(), *late)]
         with ExitStack() as steps:  # each, whatever becomes of the others
+            steps.callback(self.site.vm_log.close)
             for machine in (*coming, *self.machines.values()):
                 steps.callback(machine.dismantle)
 
 
-def _described(machine: Machine) -> dict[str, Any]:
-    guest = machine.guest
-    return {"generation": machine.generation, "state": guest.state, "pid": guest.pid, "work": guest.work}
+def _said_of(machine: Machine) -> dict[str, Any]:
+    guest, page = machine.guest, machine.vmx.page
+    state = "stalled" if machine.is_stalled else guest.state
+    silent_ns = time.monotonic_ns() - page.silent_since_ns if page.silent_since_ns else 0
+    storage = {"silent_ms": silent_ns / 1e6, "disk_full": page.full}
+    return {"generation": machine.generation, "state": state, "pid": guest.pid, "work": guest.work} | storage
 
 
 def memory_bytes(pid: int | str = "self") -> int:
@@ -375,6 +502,18 @@ def memory_bytes(pid: int | str = "self") -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     values = dict(line.split(":", 1) for line in lines)
     return sum(int(values[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile"))
+
+
+def _mounted(where: str) -> Store:
+    """A NAS may come up together with its hosts."""
+    deadline = time.monotonic() + _MOUNTED_WITHIN_S
+    while True:
+        try:
+            return open_store(where)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise AgentError(f"the datastore {where} cannot be mounted: {error}") from error
+            time.sleep(0.2)
 
 
 def main() -> int:
@@ -387,7 +526,9 @@ def main() -> int:
     host = plan.host(options.host)
     site = Site(
         host=host,
-        datastore=LocalDatastore(Path(options.datastore)),
+        where=options.datastore,
+        datastore=Datastore(_mounted(options.datastore)),
+        vm_log=VmLog(options.datastore, host.name, lambda line: print(line, file=sys.stderr, flush=True)),
         events=EventLog(options.events, host.name),
         logs=Path(options.logs),
         guests=Path(options.guests),
@@ -406,6 +547,7 @@ def main() -> int:
     with control.ControlServer(host.management, context, agent.handle, agent.log) as server:
         agent.adopt_all()  # the ports are taken: there is no other agent of this host
         threading.Thread(target=agent.accept_migrations, args=(listener,), name="vmotion-port", daemon=True).start()
+        threading.Thread(target=agent.look_after, name="look-after", daemon=True).start()
         site.events.emit("agent.listening", management=host.management, vmotion=host.vmotion_port.ip)
         try:
             server.serve_forever(poll_interval=60)

@@ -1,7 +1,7 @@
-"""Messages between an agent and its guest process: numbered, length-prefixed msgpack over a Unix socket.
+"""Messages between an agent and the two processes of a VM, guest and vmx: numbered, length-prefixed msgpack.
 
-The guest listens and outlives its agent; whoever connects next, an agent's successor, is greeted with all
-that it has to know. A guest serves one agent at a time.
+Both listen on Unix sockets and outlive their agent; whoever connects next, an agent's successor, is greeted with
+all that it has to know. They serve one agent at a time.
 """
 
 import os
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from hosts.gate import Messages
 from topologies.plan import VM
 
 _HEAD = struct.Struct("!II")  # number, length
@@ -43,10 +44,22 @@ class Hello(Message, frozen=True):
 
 
 class Boot(Message, frozen=True):
-    """Agent: power on with fresh RAM, and keep `memo` for its successor. Answered by Done, and the guest runs."""
+    """Agent: power on with fresh RAM, and keep `memo` for its successor. Answered by Booted, and the guest runs."""
 
     vm: VM
     memo: bytes
+    nvram: bytes = b""  # of the last Halted
+
+
+class Booted(Message, frozen=True):
+    """Guest: it runs, with what its disk held: entries of its ledger, how many of them were replayed.
+
+    Nothing was written to the disk under a newer `generation`.
+    """
+
+    entries: int
+    replayed: int
+    generation: int
 
 
 class Await(Message, frozen=True):
@@ -94,17 +107,55 @@ class Waits(Message, frozen=True):
     us: list[float]
 
 
+class Shutdown(Message, frozen=True):
+    """Agent: stop for good, with everything on the disk. Answered by Halted."""
+
+
+class Halted(Message, frozen=True):
+    """Guest: stopped; `nvram` is what its next Boot is to have, beside the disk."""
+
+    nvram: bytes
+
+
+class Serving(Message, frozen=True):
+    """Vmx: the first word on a connection; its lease page comes with it."""
+
+    generation: int  # under which it keeps the VM, 0 if it does not
+
+
+class Own(Message, frozen=True):
+    """Agent: the VM is this host's, under a lease; from here on it is the vmx that keeps it. Answered by Done.
+
+    Its gate is open if the lease lasts; `pid` is the guest's.
+    """
+
+    generation: int
+    sent_s: float
+    pid: int
+    gate: Messages
+
+
+class Hold(Message, frozen=True):
+    """Agent: keep the lease, and leave the rest (gate, further claims) to me. Answered by Done."""
+
+
+class GoOn(Message, frozen=True):
+    """Agent: as before the Hold, and open the gate, at once or when there is a lease again. Answered by Done."""
+
+
 class Done(Message, frozen=True):
-    """Guest: done."""
+    """Done."""
 
 
 class Failed(Message, frozen=True):
-    """Guest: not done; `reason` is one line. The guest is as it was before."""
+    """Not done; `reason` is one line. The guest is as it was before."""
 
     reason: str
 
 
-_Any = Hello | Boot | Await | Suspend | State | Restore | Run | Throttle | Missing | Waits | Done | Failed
+_ToGuest = Boot | Await | Suspend | Restore | Run | Throttle | Missing | Shutdown
+_FromGuest = Hello | Booted | State | Waits | Halted
+_Any = _ToGuest | _FromGuest | Serving | Own | Hold | GoOn | Done | Failed
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_Any)
 
 

@@ -41,10 +41,33 @@ class Request(msgspec.Struct, tag=True, frozen=True):
     """Base of all requests."""
 
 
-class PowerOn(Request, frozen=True):
-    """Start a VM here with fresh RAM. `announce`, `schedule_ms`: as in hosts/announce.py."""
+class Create(Request, frozen=True):
+    """Make a VM's files on the datastore; what is there already stays as it is."""
 
     vm: VM
+
+
+class Register(Request, frozen=True):
+    """Replies the VM of these files, if this host could run it."""
+
+    vm: str
+
+
+class PowerOn(Request, frozen=True):
+    """Start a VM here, with fresh RAM, from its files. `announce`, `schedule_ms`: as in hosts/announce.py.
+
+    Replies {"generation", "tracking", "entries", "replayed"}: its ledger's, as its disk had them.
+    """
+
+    vm: str
+    announce: str
+    schedule_ms: tuple[int, ...]
+
+
+class Restart(Request, frozen=True):
+    """The same of a VM whose host is dead: only if its owner's pulse stands still for a lease (hosts/ownership.py)."""
+
+    vm: str
     announce: str
     schedule_ms: tuple[int, ...]
 
@@ -56,7 +79,7 @@ class PowerOff(Request, frozen=True):
 class Prepare(Request, frozen=True):
     """Make ready for a VM to come, in TLS only if `encrypt`. Replies {"token", "ip", "port"}: where to connect."""
 
-    vm: VM
+    vm: str
     migration: str
     announce: str
     schedule_ms: tuple[int, ...]
@@ -93,7 +116,8 @@ class Abandon(Request, frozen=True):
 class Status(Request, frozen=True):
     """Replies {"host", "vms", "migrations", "memory_bytes"}: memory beyond the guests' RAM.
 
-    vms: {name: {"generation", "state", "pid", "work"}}, the state as in hosts/channel.py, or "dead";
+    vms: {name: {"generation", "state", "pid", "work", "silent_ms", "disk_full"}}, the state as in hosts/channel.py, or
+    "dead", or "stalled": it stands still until its datastore, which has been silent for so long, gives it a lease;
     migrations under way here: {migration: {"role": "source" or "destination", "progress": the latest or None}}.
     """
 
@@ -128,7 +152,19 @@ class Refusal(msgspec.Struct, tag=True, frozen=True):
 
 
 _requests = msgspec.json.Decoder(
-    PowerOn | PowerOff | Prepare | Migrate | Cancel | Abandon | Status | Owner | Break | Continue
+    Create
+    | Register
+    | PowerOn
+    | Restart
+    | PowerOff
+    | Prepare
+    | Migrate
+    | Cancel
+    | Abandon
+    | Status
+    | Owner
+    | Break
+    | Continue
 )
 _answers = msgspec.json.Decoder(Notice | Reply | Refusal)
 

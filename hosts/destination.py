@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from hosts.datastore import Draft, OwnerUnknown
 from hosts.machine import Machine
 from hosts.postcopy import Filler
 from hosts.protocol import (
@@ -44,10 +45,16 @@ from topologies.errors import TestbedError
 # A further connection whose round has ended is between two messages: it hears at once
 _SEALED_WITHIN_S = 5.0
 _MAX_WAITS_TOLD = 10_000
+# Whether a claim that the datastore has not answered has succeeded; then the agent goes on asking
+_ASK_FOR_S = 30.0
 
 
 class IncomingFailed(TestbedError):
     """The VM did not come here; the message says why."""
+
+
+class IncomingUnknown(TestbedError):
+    """The VM is here, suspended, and the datastore does not say whose it is."""
 
 
 class IncomingLost(TestbedError):
@@ -57,9 +64,10 @@ class IncomingLost(TestbedError):
 class IncomingMigration:
     """A VM that is to come: `machine` is built and dark; `token` lets its source in, encrypted or not."""
 
-    def __init__(self, machine: Machine, migration: str, generation: int, encrypt: bool = False) -> None:
+    def __init__(self, machine: Machine, migration: str, draft: Draft, encrypt: bool = False) -> None:
+        """`draft`: of the generation under which it is to run here."""
         machine.guest.await_state()
-        self.machine, self.migration, self.generation, self.encrypt = machine, migration, generation, encrypt
+        self.machine, self.migration, self.draft, self.encrypt = machine, migration, draft, encrypt
         self.token = secrets.token_hex(16)
         self.hashes = PageHashes(machine.guest.ram)
         ram = machine.guest.ram
@@ -117,6 +125,11 @@ class IncomingMigration:
             self.seal()
             self.restore(state)
             self.claim(stream)
+        except OwnerUnknown as error:  # an ABORT would say that it cannot be ours
+            if stream.session.may("lost"):
+                stream.session.step("lost")
+            self.machine.owner_unknown = True
+            raise IncomingUnknown(str(error)) from error
         except (TestbedError, OSError) as error:
             if not isinstance(error, StreamLost | PeerAborted):
                 stream.abort(str(error))
@@ -259,16 +272,17 @@ class IncomingMigration:
             self._filler.check()
         if self._refused:
             raise IncomingFailed(f"{machine.site.host.name} is shutting down")
-        if not machine.site.datastore.claim(machine.vm.name, self.generation, machine.site.host.name):
+        lease = self.draft.take(_ASK_FOR_S)
+        if lease is None:
             stream.session.step("claim lost")
-            raise IncomingFailed(f"generation {self.generation} was claimed by another host first")
-        machine.generation = self.generation
+            raise IncomingFailed(f"generation {self.draft.claim.generation} was claimed by another host first")
+        machine.own(lease)
         stream.session.step("claim")
-        self._emit("generation.claimed", generation=self.generation)
+        self._emit("generation.claimed", generation=lease.generation)
 
     def resume(self, stream: Stream) -> None:
         machine = self.machine
-        machine.port.open()
+        machine.open_gate()
         self._emit("gate.opened")
         self._emit("vm.resuming")
         # the guest's thaw and the switch's relearning run side by side
@@ -277,7 +291,7 @@ class IncomingMigration:
         self.resumed = True
         stream.session.step("resume")
         try:
-            stream.send(Resumed(self.generation, self.digest))
+            stream.send(Resumed(machine.generation, self.digest))
         except StreamLost as error:  # the source asks the datastore then
             if self._filler is not None:
                 raise

@@ -10,10 +10,8 @@ It outlives its agent, unless it is new or awaits its state: the next agent find
 """
 
 import os
-import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 from abc import ABC, abstractmethod
@@ -26,6 +24,7 @@ import msgspec
 
 from hosts import channel
 from hosts.guest_memory import WORK_WORD
+from hosts.processes import ROOT, connect, has_ended, last_words
 from hosts.ram import DirtyBitmap, Ram, open_bitmap
 from hosts.urgency import hurry, relax
 from hosts.userfaults import UserFaults
@@ -39,7 +38,6 @@ _BOOT_TIMEOUT_S = 120
 # Of the name of a guest's socket while pages are still to come to it (post-copy)
 _INCOMPLETE = ".incomplete"
 
-_ROOT = Path(__file__).parent.parent  # what the program is imported from
 _Reply = TypeVar("_Reply", bound=channel.Message)
 
 
@@ -73,8 +71,8 @@ class Guest(ABC):
         """How much its workload has done since it was powered on, in pages written: does it run, and how fast?"""
 
     @abstractmethod
-    def power_on(self) -> None:
-        """Run with fresh RAM."""
+    def power_on(self, nvram: bytes) -> channel.Booted:
+        """Run with fresh RAM, what is on its disk, and the nvram of its last shut-down, empty if there was none."""
 
     @abstractmethod
     def await_state(self) -> None:
@@ -91,6 +89,10 @@ class Guest(ABC):
     @abstractmethod
     def run(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Run, after `restore` or after a `suspend` in vain; `meanwhile` is called once it has been told to."""
+
+    @abstractmethod
+    def shut_down(self) -> bytes:
+        """Stop for good, with all that it has done on its disk; returns its nvram."""
 
     @abstractmethod
     def throttle(self, share: float) -> None:
@@ -145,8 +147,11 @@ class LightGuest(Guest):
         self.userfaults = UserFaults(others[0], hello.address, self.ram.size, writes) if others else None
 
     @classmethod
-    def start(cls, vm: VM, memo: bytes, home: Path, log: Path) -> "LightGuest":
-        """A new guest, in namespaces of its own; it is reached by the socket `home`."""
+    def start(cls, vm: VM, memo: bytes, home: Path, log: Path, disk: socket.socket, page: int) -> "LightGuest":
+        """A new guest, in namespaces of its own; it is reached by the socket `home`.
+
+        `disk`: its end of the channel to its vmx, `page`: a descriptor of their lease page.
+        """
         # the new mount namespace is for /sys, which shows the network namespace it is mounted in
         inside = 'mount -t sysfs sysfs /sys && exec "$@"'
         with socket.socket(socket.AF_UNIX) as listener, open(log, "ab") as out:
@@ -154,19 +159,20 @@ class LightGuest(Guest):
             try:
                 listener.bind(str(home))
                 listener.listen()
-                connection = _connect(home)  # before there is a guest: should we end now, it will notice
+                connection = connect(home)  # before there is a guest: should we end now, it will notice
             except OSError as error:
                 raise GuestError(f"VM {vm.name}: no socket {home} for its guest: {error.strerror}") from error
-            program = [sys.executable, "-m", "hosts.light_guest", str(listener.fileno()), vm.name, str(vm.ram)]
+            descriptors = (listener.fileno(), disk.fileno(), page)
+            program = [sys.executable, "-m", "hosts.light_guest", *map(str, descriptors), vm.name, str(vm.ram)]
             process = subprocess.Popen(
                 ["unshare", "--net", "--mount", "--propagation", "private", "sh", "-c", inside, "sh", *program],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                pass_fds=(listener.fileno(),),
+                pass_fds=descriptors,
                 start_new_session=True,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # its thread pool would only cost memory
-                cwd=_ROOT,
+                cwd=ROOT,
             )
         try:
             guest = cls(home, log, connection, process)
@@ -177,7 +183,7 @@ class LightGuest(Guest):
             home.unlink()
             if isinstance(error, TestbedError):
                 raise GuestError(f"VM {vm.name} cannot be started: {error}") from error
-            said = _last_words(log, said_before)
+            said = last_words(log, said_before)
             raise GuestError(f"VM {vm.name}: its guest process ended with status {status}{said}; see {log}") from error
         guest.vm, guest.memo = vm, memo
         return guest
@@ -187,7 +193,7 @@ class LightGuest(Guest):
         """The guest behind a socket, which another agent has started. GuestEnded if there is none any more."""
         try:
             with ExitStack() as undo:
-                connection = undo.enter_context(_connect(home))
+                connection = undo.enter_context(connect(home))
                 connection.settimeout(_BOOT_TIMEOUT_S)  # it may be filling its RAM
                 guest = cls(home, log, connection, None)
                 undo.pop_all()
@@ -202,14 +208,17 @@ class LightGuest(Guest):
 
     @property
     def state(self) -> str:
-        return "dead" if _has_ended(self._pidfd) else self._state
+        return "dead" if has_ended(self._pidfd) else self._state
 
     @property
     def work(self) -> int:
         return int(self.ram.words[0, WORK_WORD]) if self._line.fileno() >= 0 else 0  # (its RAM is given back)
 
-    def power_on(self) -> None:
-        self._order(channel.Boot(self.vm, self.memo), "running", _BOOT_TIMEOUT_S)
+    def power_on(self, nvram: bytes) -> channel.Booted:
+        self._tell(channel.Boot(self.vm, self.memo, nvram), _BOOT_TIMEOUT_S)
+        booted = self._answer(channel.Booted)
+        self._state = "running"
+        return booted
 
     def await_state(self) -> None:
         self._order(channel.Await(self.vm, self.memo), "awaiting")
@@ -227,6 +236,12 @@ class LightGuest(Guest):
     def run(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         self._order(channel.Run(), "running", meanwhile=meanwhile)
         relax(self.pid)
+
+    def shut_down(self) -> bytes:
+        self._tell(channel.Shutdown())
+        nvram = self._answer(channel.Halted).nvram
+        self._state = "suspended"
+        return nvram
 
     def throttle(self, share: float) -> None:
         self._tell(channel.Throttle(share))
@@ -257,7 +272,7 @@ class LightGuest(Guest):
         self._home = self._home.rename(self._home.with_suffix(suffix))
 
     def check(self) -> None:
-        if _has_ended(self._pidfd):
+        if has_ended(self._pidfd):
             raise self._gone(ChildProcessError("it has ended"))
 
     def let_go(self) -> None:
@@ -273,7 +288,7 @@ class LightGuest(Guest):
         self.kill()
         if self._process is not None:
             self._process.wait()
-        _has_ended(self._pidfd, None)
+        has_ended(self._pidfd, None)
         self._home.unlink(missing_ok=True)
         self._let_go.close()
 
@@ -314,54 +329,12 @@ class LightGuest(Guest):
 
     def _gone(self, error: Exception) -> GuestError:
         how = f"does not answer ({error})"
-        if _has_ended(self._pidfd):
+        if has_ended(self._pidfd):
             status = self._process and self._process.wait()
             how = "has ended" if status is None else f"ended with status {status}"
         return GuestError(f"VM {self.vm.name}: its guest process {self.pid} {how}; see {self._log}")
 
 
-def _last_words(log: Path, begin: int) -> str:
-    """The last line that was written behind `begin`, as the end of a sentence; empty if there is none."""
-    lines = log.read_bytes()[begin:].decode(errors="replace").split("\n")
-    last = next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
-    return f" ({last})" if last else ""
-
-
-def _connect(home: Path) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        connection.settimeout(_ANSWER_TIMEOUT_S)
-        connection.connect(str(home))
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _has_ended(pidfd: int, within_ms: int | None = 0) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(within_ms))
-
-
 def is_whole(home: Path) -> bool:
     """Whether the guest of this socket has all of its RAM: else it cannot go on without the agent that it had."""
     return home.suffix != _INCOMPLETE
-
-
-def end_guest(home: Path) -> bool:
-    """End the guest behind a socket, which need not answer and has no agent any more; False if there is none."""
-    try:
-        with _connect(home) as connection:
-            pid, _, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            pidfd = os.pidfd_open(pid)
-            try:
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                _has_ended(pidfd, None)
-            finally:
-                os.close(pidfd)
-    except (ConnectionRefusedError, ProcessLookupError):
-        return False
-    finally:
-        home.unlink(missing_ok=True)
-    return True

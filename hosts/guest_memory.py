@@ -5,8 +5,9 @@ part may repeat itself. All of the dirtier's state is in the header, so that it 
 """
 
 import time
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+import msgspec
 import numpy as np
 
 from hosts import ledger
@@ -14,12 +15,27 @@ from hosts.ram import PAGE, Ram
 from topologies.errors import TestbedError
 from topologies.plan import VM
 
-# words of the header: a mark, pages the dirtier has written, datagrams echoed, what is left of a page (a float)
-_MAGIC_WORD, WORK_WORD, ECHOED_WORD, _REST_WORD = range(4)
+# words of the header: a mark, pages the dirtier has written, datagrams echoed, what is left of a page (a float), boots
+_MAGIC_WORD, WORK_WORD, ECHOED_WORD, _REST_WORD, _BOOTS_WORD = range(5)
 _MAGIC = 0x564D_4F54_4947_5354
 _FILL_CHUNK = 16 * 2**20
 # An access that takes longer has waited for its page: a page that is here takes less than 5 us, from far at least 60
 _WAIT_US = 30
+
+
+class Life(msgspec.Struct, frozen=True):
+    """Counters of a machine, as a disk's power-on hours are."""
+
+    boots: Annotated[int, msgspec.Meta(ge=0, lt=2**63)] = 0
+    pages_written: Annotated[int, msgspec.Meta(ge=0, lt=2**63)] = 0
+    datagrams_echoed: Annotated[int, msgspec.Meta(ge=0, lt=2**63)] = 0
+
+
+def _life(nvram: bytes) -> Life:
+    try:
+        return msgspec.json.decode(nvram, type=Life) if nvram else Life()
+    except (ValueError, RecursionError) as error:
+        raise TestbedError(f"the nvram is not one of this machine's: {error}; remove the file to do without") from error
 
 
 class Writes(NamedTuple):
@@ -44,8 +60,12 @@ class Memory:
         self._fill_bytes = min(int(vm.fill * ram.size) // 8 * 8, self._rest.size)
         self._repeated_words = round(vm.compressible * PAGE / 8)
 
-    def format(self) -> None:
-        """A power-on: random data as far as `fill` says, as compressible as the plan says (by default not at all)."""
+    def format(self, nvram: bytes = b"") -> None:
+        """A power-on: random data as far as `fill` says, as compressible as the plan says (by default not at all).
+
+        `nvram`: from the last shut-down. TestbedError if it is none.
+        """
+        life = _life(nvram)
         random = np.random.Generator(np.random.SFC64(len(self._rest)))
         for at in range(0, self._fill_bytes, _FILL_CHUNK):
             piece = self._rest[at : min(at + _FILL_CHUNK, self._fill_bytes)]
@@ -54,7 +74,14 @@ class Memory:
             pages[:, : self._repeated_words] = pages[:, :1]
         self.header[:] = 0
         self.header[_MAGIC_WORD] = _MAGIC
+        self.header[_BOOTS_WORD], self.header[WORK_WORD] = life.boots + 1, life.pages_written
+        self.header[ECHOED_WORD] = life.datagrams_echoed
         self.ledger.format()
+
+    def nvram(self) -> bytes:
+        """What outlives a shut-down beside the disk."""
+        boots, work, echoed = (int(self.header[word]) for word in (_BOOTS_WORD, WORK_WORD, ECHOED_WORD))
+        return msgspec.json.encode(Life(boots, work, echoed)) + b"\n"
 
     def check(self) -> None:
         if int(self.header[_MAGIC_WORD]) != _MAGIC:

@@ -1,15 +1,17 @@
 """The light guest: a process in the VM's own network namespace, in the place of a virtual machine.
 
-    python -m hosts.light_guest LISTENER_FD NAME RAM_BYTES
+    python -m hosts.light_guest LISTENER_FD DISK_FD PAGE_FD NAME RAM_BYTES
 
 It serves its agent on a Unix socket (hosts/channel.py), one agent after another: a VM that runs or is
 suspended stays as it is while no agent is there.
 
-Real are its memory (RAM that is migrated page by page), its network stack and its sockets; there is
-no CPU to emulate. All its program state is in RAM or in its DeviceState, so that the process on the
-other host, which is another one, continues where this one stopped. Its workloads:
+Real are its memory (RAM that is migrated page by page), its network stack, its sockets and its disk, which it
+reaches by its vmx (hosts/vmx_process.py); there is no CPU to emulate. All its program state is in RAM or in its
+DeviceState, so that the process on the other host, which is another one, continues where this one stopped. It runs
+as long as its lease page allows (hosts/lease_page.py). Its workloads:
 
-    transaction server   TCP 7100   hosts/ledger.py, accounts and ledger in RAM
+    transaction server   TCP 7100   hosts/ledger.py, accounts and ledger in RAM; what is acknowledged is in the
+                                    journal on the disk (hosts/journal.py)
     bulk stream          TCP 7200   hosts/bulk.py, paced
     UDP echo             UDP 7      RFC 862
                                     each on the VM's IPv4 address, and on its IPv6 address if it has one
@@ -36,7 +38,10 @@ import msgspec
 import numpy as np
 
 from hosts import bulk, channel, ledger, neighbours, sockets
+from hosts.disk_channel import Disk, VmxGone
 from hosts.guest_memory import ECHOED_WORD, Memory
+from hosts.journal import Journal, Recovered, Write, format_disk, recover
+from hosts.lease_page import LeasePage
 from hosts.ram import Ram, arm
 from hosts.urgency import relax
 from topologies.errors import TestbedError
@@ -47,6 +52,7 @@ _TICK_S = 0.002  # the dirtier and the bulk stream work in steps: short against 
 _DEVICE = "eth0"
 _BACKLOG = 1024  # connections that wait to be accepted: all that clients may open at once
 _PIECE = 1 << 16  # bytes that are read, or answered, at a time
+_STALLED_S = 0.005  # how often a guest that stands still looks for its lease
 # Until the switch has relearned, acknowledgements go to the old host. A restored connection has no idea of its
 # round-trip time and would wait three seconds for them: it asks, after these times, as long as one is due.
 _PROBE_AFTER_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
@@ -56,7 +62,9 @@ class Connection(msgspec.Struct):
     """An open TCP connection: its kernel state when frozen, and what the program knows about it."""
 
     service: str  # "transactions" or "bulk"
-    received: bytes = b""  # the beginning of a request
+    received: bytes = b""  # the beginning of a request; or requests that have to wait
+    waiting: list[tuple[int, bytes]] = []  # replies, each until that entry is on the disk
+    owed: int = 0  # bytes of them
     unsent: bytes = b""  # replies that did not fit into the socket
     ended: bool = False  # the client has said good-bye: it gets its answers, then it is closed
     offset: int = 0  # bulk: bytes of the stream handed to the kernel
@@ -65,8 +73,22 @@ class Connection(msgspec.Struct):
 
     @property
     def deaf(self) -> bool:
-        """Nothing is read while answers wait: what a client does not take must not pile up here."""
-        return self.ended or bool(self.unsent)
+        """Nothing is read while requests or answers wait: what a client does not take must not pile up here."""
+        return self.ended or bool(self.unsent) or self._is_behind
+
+    @property
+    def is_done(self) -> bool:
+        """The client has said good-bye, and has all its answers."""
+        return self.ended and not self.has_to_wait
+
+    @property
+    def has_to_wait(self) -> bool:
+        return bool(self.unsent or self.waiting or self._is_behind)
+
+    @property
+    def _is_behind(self) -> bool:
+        """There are requests that were not even begun."""
+        return self.service == "transactions" and len(self.received) >= ledger.REQUEST.size
 
 
 class DeviceState(msgspec.Struct, frozen=True):
@@ -81,8 +103,8 @@ class DeviceState(msgspec.Struct, frozen=True):
 class LightGuest:
     """The program: one loop, one thread. `running` is the virtual CPU's state."""
 
-    def __init__(self, listener: socket.socket, ram: Ram) -> None:
-        self.ram = ram
+    def __init__(self, listener: socket.socket, disk: Disk, page: LeasePage, ram: Ram) -> None:
+        self.ram, self.disk, self.page = ram, disk, page
         self.tracking, self.userfaults = arm(ram)
         self.pidfd = os.pidfd_open(os.getpid())
         self.state: channel.GuestState = "new"  # as an agent's successor is told
@@ -90,11 +112,14 @@ class LightGuest:
         self.vm: VM
         self.memo = b""
         self.memory: Memory
+        self.journal: Journal
+        self.writing: Write | None = None  # what the disk has been asked to write
         self.selector = selectors.DefaultSelector()
         self.listener = listener
         self.line: channel.Line | None = None  # to an agent, if there is one
         listener.listen()  # again: it is this process now that the other side sees (SO_PEERCRED, unix(7))
         self.selector.register(listener, selectors.EVENT_READ)
+        self.selector.register(disk, selectors.EVENT_READ, self.on_written)
         self.listeners: dict[socket.socket, str] = {}
         self.connections: dict[socket.socket, Connection] = {}
         self.echoes: dict[int, socket.socket] = {}  # by address family
@@ -123,6 +148,9 @@ class LightGuest:
             if not self.running:
                 self._attend()
                 continue
+            if not self.page.lasts:
+                self._stand_still()
+                continue
             ready = {key.fileobj: key.data for key, _ in self.selector.select(self._until_tick())}
             if self.control in ready:  # alone: after a suspend no socket may be touched
                 self._attend()
@@ -141,6 +169,14 @@ class LightGuest:
             agent.register(self.control, select.POLLIN)
             agent.poll(worked * self._throttle / (1 - self._throttle) * 1000)
             self._last_tick = time.monotonic()  # what was not run has not happened
+
+    def _stand_still(self) -> None:
+        """Without a lease nothing runs, but the agent is heard."""
+        agent = select.poll()
+        agent.register(self.control, select.POLLIN)
+        if agent.poll(_STALLED_S * 1000):
+            self._attend()
+        self._last_tick = time.monotonic()
 
     def _until_tick(self) -> float:
         return max(0.0, self._last_tick + _TICK_S - time.monotonic())
@@ -188,12 +224,18 @@ class LightGuest:
 
     def _do(self, request: channel.Message) -> channel.Message:
         match request:
-            case channel.Boot(vm=vm, memo=memo):
+            case channel.Boot(vm=vm, memo=memo, nvram=nvram):
                 self._become(vm, memo)
-                self.memory.format()
+                self.memory.format(nvram)
+                recovered = self._open_disk()
                 self._open_services()
                 self._run()
                 self.state = "running"
+                return channel.Booted(recovered.entries, recovered.replayed, recovered.generation)
+            case channel.Shutdown():
+                self.running, self.state = False, "suspended"
+                self._flush()
+                return channel.Halted(self.memory.nvram())
             case channel.Await(vm=vm, memo=memo):
                 self._become(vm, memo)
                 self.state = "awaiting"
@@ -219,6 +261,23 @@ class LightGuest:
     def _become(self, vm: VM, memo: bytes) -> None:
         self.vm, self.memo, self.memory = vm, memo, Memory(self.ram, vm)
 
+    def _open_disk(self) -> Recovered:
+        """A power-on: the ledger is what the disk says."""
+        recovered = recover(self.memory.ledger, self.disk.read, self.vm.disk)
+        if recovered.fresh:
+            for offset, content in format_disk(self.vm.disk):
+                self.disk.write(offset, content)
+                self.disk.await_written()
+        self.journal = Journal(self.memory.ledger, self.vm.disk)
+        return recovered
+
+    def _flush(self) -> None:
+        """A shut-down: all is on the disk."""
+        self._commit()
+        while self.writing is not None:
+            self._note_written()
+            self._commit()
+
     def _suspend(self) -> DeviceState:
         """Between two steps of the loop nothing is half done: all state is in RAM and in the sockets."""
         self.running = False
@@ -240,6 +299,7 @@ class LightGuest:
     def _restore(self, state: DeviceState) -> None:
         self.memory.check()
         self.memory = Memory(self.ram, self.vm)  # the ledger's clients are in the RAM that has arrived
+        self.journal = Journal(self.memory.ledger, self.vm.disk)  # and how far the disk has got
         neighbours.learn(_DEVICE, state.neighbours)  # first: the kernel would ask in the dark for one that it misses
         self._open_services()
         for connection in state.connections:
@@ -339,7 +399,7 @@ class LightGuest:
             connection.ended = not data
             if connection.service == "transactions":
                 connection.received += data
-                self._answer(sock, connection)
+                self._serve(sock, connection)
         except BlockingIOError:
             return
         except (OSError, ledger.LedgerError) as error:
@@ -348,23 +408,60 @@ class LightGuest:
         if connection.deaf:
             self.selector.unregister(sock)
 
-    def _answer(self, sock: socket.socket, connection: Connection) -> None:
-        """Answer the requests that are here, as far as the client takes the answers."""
-        size = ledger.REQUEST.size
-        while len(connection.received) >= size and not connection.unsent:
-            replies, at = b"", 0
-            while len(connection.received) - at >= size and len(replies) < _PIECE:
-                replies += self._reply(connection.received[at : at + size])
-                at += size
-            connection.received = connection.received[at:]
-            self._send(sock, connection, replies)
+    def _serve(self, sock: socket.socket, connection: Connection) -> None:
+        """Do what it has asked for, as far as it takes the answers; an answer waits until all before it is on the disk."""
+        size, at = ledger.REQUEST.size, 0
+        while (
+            len(connection.received) - at >= size
+            and len(connection.unsent) + connection.owed < _PIECE
+            and not self.memory.ledger.is_full
+        ):
+            reply = self._reply(connection.received[at : at + size])
+            connection.waiting.append((self.memory.ledger.entries, reply))
+            connection.owed += len(reply)
+            at += size
+        connection.received = connection.received[at:]
+        self._commit()
+        ready = 0
+        while ready < len(connection.waiting) and connection.waiting[ready][0] <= self.journal.durable:
+            ready += 1
+        replies = b"".join(reply for _, reply in connection.waiting[:ready])
+        del connection.waiting[:ready]
+        connection.owed -= len(replies)
+        if replies or connection.unsent:
+            self._send(sock, connection, connection.unsent + replies)
 
-    def _catch_up(self, sock: socket.socket, connection: Connection) -> None:
-        """A deaf transaction connection: the answers that wait, then what else it has asked."""
-        self._send(sock, connection, connection.unsent)
-        self._answer(sock, connection)
-        if not connection.deaf:
+    def _serve_on(self, sock: socket.socket, connection: Connection) -> None:
+        """One that had to wait, for its disk or for its client."""
+        try:
+            self._serve(sock, connection)
+        except (OSError, ledger.LedgerError) as error:
+            self._lost(sock, error)
+            return
+        registered = sock in self.selector.get_map()
+        if registered and connection.deaf:
+            self.selector.unregister(sock)
+        elif not registered and not connection.deaf:
             self.selector.register(sock, selectors.EVENT_READ, self.read)
+
+    def _commit(self) -> None:
+        """Have what is new written to the disk, one piece after the other: a group commit."""
+        if self.writing is None and (write := self.journal.next_write(self.page.generation)) is not None:
+            self.disk.write(write.offset, write.data)
+            self.writing = write
+
+    def on_written(self, _disk: Disk) -> None:
+        self._note_written()
+        self._commit()
+        for sock, connection in list(self.connections.items()):
+            if connection.waiting:
+                self._serve_on(sock, connection)
+
+    def _note_written(self) -> None:
+        self.disk.await_written()
+        if self.writing is not None:
+            self.journal.written(self.writing)
+            self.writing = None
 
     def _end(self, sock: socket.socket) -> None:
         """Close a connection on which all is said, once the client has acknowledged it.
@@ -413,7 +510,7 @@ class LightGuest:
                     sockets.probe(sock)
         for sock, connection in list(self.connections.items()):
             try:
-                if connection.ended and not connection.unsent:
+                if connection.is_done:
                     self._end(sock)
                 elif connection.service == "bulk":
                     due = max(1, int(self.vm.bulk_rate / 8 * elapsed))
@@ -421,8 +518,8 @@ class LightGuest:
                         sock, connection, bulk.pattern(connection.offset, min(due, 1 << 17))
                     )
                     connection.unsent = b""  # the pattern is known: what did not fit is made again
-                elif connection.unsent:
-                    self._catch_up(sock, connection)
+                elif connection.has_to_wait:
+                    self._serve_on(sock, connection)
             except (OSError, ledger.LedgerError) as error:
                 self._lost(sock, error)
 
@@ -444,9 +541,10 @@ def _time_waits() -> int:
 
 
 def main() -> int:
-    listener, ram = socket.socket(fileno=int(sys.argv[1])), Ram.create(sys.argv[2], int(sys.argv[3]))
+    listener, disk, page = map(int, sys.argv[1:4])
+    ram = Ram.create(sys.argv[4], int(sys.argv[5]))
     gc.freeze()  # what is imported stays: collecting it would stop the virtual CPU for 10 ms
-    LightGuest(listener, ram).serve()
+    LightGuest(socket.socket(fileno=listener), Disk(socket.socket(fileno=disk)), LeasePage(page), ram).serve()
     return 0
 
 
@@ -456,3 +554,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except TestbedError as error:
         sys.exit(f"{error}")
+    except VmxGone:
+        sys.exit("the vmx is gone")

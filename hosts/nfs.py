@@ -20,6 +20,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from hosts.store import Attributes, StoreSilent
 from topologies.errors import TestbedError
 
 # Debian 12 has .13, Debian 13 and Ubuntu 24.04 .14. In .16 (6.0) pread's and pwrite's arguments have another order.
@@ -33,11 +34,11 @@ class NfsMissing(TestbedError):
     """This machine's libnfs is missing, or one that is not known to have the functions as they are called here."""
 
 
-class NasSilent(TimeoutError):
-    """The server has not answered in time; the call may have had its effect, or may not."""
+class NasSilent(StoreSilent):
+    """The server has not answered in time."""
 
 
-class Attributes(ctypes.Structure):
+class _Stat(ctypes.Structure):
     """struct nfs_stat_64 of libnfs.h."""
 
     _fields_ = [
@@ -49,11 +50,14 @@ class Attributes(ctypes.Structure):
     ]
 
     uid: int
-    gid: int
-    mode: int
     size: int
-    nlink: int
     used: int
+    mtime: int
+    mtime_nsec: int
+
+    @property
+    def attributes(self) -> Attributes:
+        return Attributes(self.size, self.used, self.uid, self.mtime + self.mtime_nsec / 1e9)
 
 
 class _Entry(ctypes.Structure):
@@ -80,8 +84,8 @@ _PROTOTYPES: dict[str, tuple[Any, Sequence[Any]]] = {
     "nfs_pwrite": (_int, (_pointer, _pointer, _u64, _u64, _pointer)),
     "nfs_fsync": (_int, (_pointer, _pointer)),
     "nfs_ftruncate": (_int, (_pointer, _pointer, _u64)),
-    "nfs_fstat64": (_int, (_pointer, _pointer, ctypes.POINTER(Attributes))),
-    "nfs_stat64": (_int, (_pointer, _text, ctypes.POINTER(Attributes))),
+    "nfs_fstat64": (_int, (_pointer, _pointer, ctypes.POINTER(_Stat))),
+    "nfs_stat64": (_int, (_pointer, _text, ctypes.POINTER(_Stat))),
     "nfs_opendir": (_int, (_pointer, _text, ctypes.POINTER(_pointer))),
     "nfs_readdir": (ctypes.POINTER(_Entry), (_pointer, _pointer)),
     "nfs_closedir": (None, (_pointer, _pointer)),
@@ -155,10 +159,10 @@ class Mount:
             file.write(0, content)
             file.sync()
 
-    def stat(self, path: str) -> Attributes:
-        attributes = Attributes()
-        self._call("nfs_stat64", path.encode(), ctypes.byref(attributes))
-        return attributes
+    def attributes(self, path: str) -> Attributes:
+        found = _Stat()
+        self._call("nfs_stat64", path.encode(), ctypes.byref(found))
+        return found.attributes
 
     def names(self, path: str) -> list[str]:
         """What a folder holds."""
@@ -189,6 +193,13 @@ class Mount:
     def chown(self, path: str, uid: int) -> None:
         """To a user and the group of the same number."""
         self._call("nfs_chown", path.encode(), uid, uid)
+
+    def act_as(self, uid: int) -> None:
+        """Be another user from here on, and a group of the same number: files that are open stay so."""
+        with self._one_at_a_time:
+            self._nfs.nfs_set_uid(self._context, uid)
+            self._nfs.nfs_set_gid(self._context, uid)
+            self.uid = uid
 
     # ------------------------------------------------------------ its end
 
@@ -251,7 +262,7 @@ class File:
         """libnfs tells of a refused write only that it was (EFAULT, lib/nfs_v3.c)."""
         if error.errno != errno.EFAULT:
             return error
-        owner, uid = self.stat().uid, self._mount.uid
+        owner, uid = self.attributes().uid, self._mount.uid
         if uid not in (0, owner):
             return PermissionError(errno.EACCES, f"{self.path} belongs to user {owner}, not to {uid}")
         return OSError(errno.EIO, f"{self.path} could not be written: the server refused; is its disk full?")
@@ -262,10 +273,10 @@ class File:
     def truncate(self, length: int) -> None:
         self._call("nfs_ftruncate", length)
 
-    def stat(self) -> Attributes:
-        attributes = Attributes()
-        self._call("nfs_fstat64", ctypes.byref(attributes))
-        return attributes
+    def attributes(self) -> Attributes:
+        found = _Stat()
+        self._call("nfs_fstat64", ctypes.byref(found))
+        return found.attributes
 
     def close(self) -> None:
         if self._handle is not None:

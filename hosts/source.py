@@ -22,9 +22,10 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from hosts.datastore import DatastoreError
+from hosts.datastore import DatastoreError, OwnerUnknown
 from hosts.feed import Feed, end_round
 from hosts.machine import Machine
+from hosts.ownership import Lease
 from hosts.pace import Pace
 from hosts.policy import Action, Policy, Round
 from hosts.postcopy import Server
@@ -119,10 +120,11 @@ class OutgoingMigration:
         self.postcopy: PostCopy | None = None
         self.left = False  # the VM is not this host's any more, however this migration ends
         self._connect = connect
-        self._generation = machine.generation + 1  # the one that decides who runs the VM from now on
+        self._generation = machine.generation + 1  # the one that decides who runs the VM
         self._cancelled = threading.Event()
         self._claiming = threading.Lock()  # of the two below: a cancel claims in a thread of its own
-        self._claimed = self._settled = False
+        self._lease: Lease | None = None  # of that generation, if we have claimed it ourselves
+        self._settled = False
         self._streams: list[Stream] = []  # the first is the main one
         self._precopy: PreCopy | None = None
         self._server: Server | None = None
@@ -141,8 +143,9 @@ class OutgoingMigration:
     def _claim_first(self) -> bool:
         """For a cancel: the next generation is ours, and the destination can never have it. Not once all is settled."""
         with self._claiming:
-            self._claimed = self._claimed or (not self._settled and self._claim())
-            return self._claimed
+            if self._lease is None and not self._settled:
+                self._lease = self._claim()
+            return self._lease is not None
 
     def run(self, token: str) -> Outcome:
         """MigrationFailed if the VM stays here (it runs again by then), VmLost if nobody can go on with it.
@@ -222,6 +225,9 @@ class OutgoingMigration:
             end_round(self.stream, self._next_round)
 
     def suspend(self) -> None:
+        self.machine.hold()
+        if self.machine.generation + 1 != self._generation:  # its vmx had to claim one: the destination's is gone
+            raise MigrationFailed("its lease had lapsed meanwhile; try again")
         self._emit("vm.suspending")
         self.stream.mark(Kind.SUSPENDING, self._next_round, Flag.SHORT if self._short else PLAIN)
         self.machine.announcer.silence()
@@ -402,15 +408,12 @@ class OutgoingMigration:
                 self._server.close()
                 raise self._lost(error) from error
             session.step("claim")
-            self._claimed = True
         else:
             self._give_up(error)
-        if self._claimed:
-            machine.generation = self._generation
         if self._server is not None:
             self._server.close()
         said, troubles = self._said(error), []
-        for resume in (machine.port.open, machine.guest.run):  # a VM without a network is better than none
+        for resume in self._ways_back():  # a VM without a network is better than none
             try:
                 resume()
             except TestbedError as trouble:
@@ -423,28 +426,35 @@ class OutgoingMigration:
         self._emit("vm.resumed_at_source", generation=machine.generation)
         raise MigrationFailed(f"VM {name} runs again on {here}: {said}") from error
 
+    def _ways_back(self) -> list[Callable[[], object]]:
+        """Under the generation that we had, or under the one that we have claimed instead of the destination."""
+        machine, lease = self.machine, self._lease
+        if lease is None:
+            return [machine.go_on]
+        return [lambda: machine.own(lease), machine.open_gate, machine.guest.run]
+
     def _claim_back(self) -> bool:
         """Take the next generation ourselves: if that succeeds the destination never can. Suspended until then."""
-        datastore, vm = self.machine.site.datastore, self.machine.vm.name
-        deadline, unanswered = time.monotonic() + _ASK_FOR_S, False
+        deadline = time.monotonic() + _ASK_FOR_S
         while True:
             try:
-                if self._claimed or self._claim():
-                    return True
-                # a try of ours may have succeeded without an answer
-                newest = datastore.newest(vm) if unanswered else None
-                return newest is not None and (newest.generation, newest.host) == (self._generation, self._here)
-            except DatastoreError as error:
-                unanswered = True
+                self._lease = self._lease or self._claim()
+                return self._lease is not None
+            except (DatastoreError, OwnerUnknown) as error:
                 if time.monotonic() > deadline:
                     self.machine.owner_unknown = True
-                    raise MigrationFailed(
-                        f"VM {vm} stays suspended on {self._here}, its owner is unknown: {error}; restart the agent"
-                    ) from error
+                    stays = f"VM {self.machine.vm.name} stays suspended on {self._here}"
+                    raise MigrationFailed(f"{stays} until it is known who owns it: {error}") from error
                 time.sleep(_ASK_EVERY_S)
 
-    def _claim(self) -> bool:
-        return self.machine.site.datastore.claim(self.machine.vm.name, self._generation, self._here)
+    def _claim(self) -> Lease | None:
+        datastore, vm = self.machine.site.datastore, self.machine.vm.name
+        lease = datastore.claim(vm, self._generation, self._here, patience_s=_ASK_EVERY_S)
+        if lease is None:
+            newest = datastore.newest(vm)
+            if newest is not None and (newest.generation, newest.host) == (self._generation, self._here):
+                return Lease.lapsed(self._generation)  # an earlier try of ours, which was not answered
+        return lease
 
     @property
     def _here(self) -> str:

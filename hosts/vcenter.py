@@ -56,7 +56,7 @@ class Result:
 class _Move:
     """What was ordered."""
 
-    vm: VM
+    vm: str
     migration: str
     source: str
     to: str
@@ -76,7 +76,9 @@ class VCenter:
         schedule_ms: tuple[int, ...] = SCHEDULE_MS,
     ) -> None:
         self.plan, self.events, self.announce, self.schedule_ms = plan, events, announce, schedule_ms
-        self.places: dict[str, str] = {}  # VM -> host
+        self.inventory: dict[str, VM] = {}  # VMs by name, as their files describe them
+        self.homes: dict[str, str] = {}  # VM -> the host where it is registered
+        self.places: dict[str, str] = {}  # VM that is powered on -> host
         self.tasks: dict[str, Task[Result]] = {}  # VM -> its latest migration
         self.queue = Queue(migrations_at_once(plan.link))
         self.detour: Callable[[str, int], tuple[str, int]] = lambda ip, port: (ip, port)  # of streams, for experiments
@@ -85,19 +87,54 @@ class VCenter:
         self._lock = threading.Lock()  # of the tables above
         self._closed = threading.Event()
 
-    def power_on(self, vm: str) -> None:
-        """Start a VM with fresh RAM: on the host that it has in the plan, or where it was when its guest died."""
+    def create(self, vm: str, host: str | None = None) -> None:
+        """Make the files of a VM of the plan, if it has none yet, and register it on a host, its own in the plan."""
         spec = self.plan.vm(vm)
-        host = self.places.get(vm, spec.host)
-        self._call(host, control.PowerOn(spec, self.announce, self.schedule_ms))
-        self.places[vm] = host
+        self._call(host or spec.host, control.Create(spec))
+        self.register(vm, host or spec.host)
+
+    def register(self, vm: str, host: str) -> None:
+        """Take a VM into the inventory from its files, to be run on that host; ControlError if it cannot."""
+        self.plan.host(host)
+        if vm in self.places:
+            raise UsageError(f"VM {vm} is on {self.places[vm]}; power it off first")
+        self.inventory[vm] = msgspec.convert(self._call(host, control.Register(vm)), VM)
+        self.homes[vm] = host
+
+    def unregister(self, vm: str) -> None:
+        """Forget a VM that is off; its files stay."""
+        if vm in self.places:
+            raise UsageError(f"VM {vm} is powered on, on {self.places[vm]}; power it off first")
+        self._registered(vm)
+        del self.inventory[vm], self.homes[vm]
+
+    def power_on(self, vm: str, host: str | None = None) -> dict[str, Any]:
+        """Start a VM from its files: on this host, or where it was last, or where it is registered.
+
+        A VM of the plan that has no files yet gets them. Returns the agent's reply (hosts/control.py, PowerOn).
+        """
+        if vm not in self.inventory:
+            self.create(vm)
+        where = host or self.places.get(vm) or self.homes[vm]
+        self.plan.host(where)
+        reply: dict[str, Any] = self._call(where, control.PowerOn(vm, self.announce, self.schedule_ms))
+        self.places[vm] = self.homes[vm] = where
+        return reply
+
+    def restart(self, vm: str, host: str) -> dict[str, Any]:
+        """Start a VM whose host is dead on another one: ControlError if its owner lives, and nothing has happened."""
+        self._registered(vm)
+        reply: dict[str, Any] = self._call(host, control.Restart(vm, self.announce, self.schedule_ms))
+        self.places[vm] = self.homes[vm] = host
+        return reply
 
     def elsewhere(self, vm: str) -> str:
         """A host that a VM is not on."""
         return next(host.name for host in self.plan.hosts if host.name != self._place(vm))
 
     def power_off(self, vm: str) -> None:
-        self._call(self._place(vm), control.PowerOff(vm))
+        self.homes[vm] = self._place(vm)
+        self._call(self.homes[vm], control.PowerOff(vm))
         del self.places[vm]
 
     # ------------------------------------------------------------ migrations
@@ -131,11 +168,11 @@ class VCenter:
     def _order(
         self, vm: str, to: str, policy: Policy, transport: Transport, progress: Callable[[Progress], None]
     ) -> Task[Result]:
-        source, spec = self._place(vm), self.plan.vm(vm)
+        source = self._place(vm)
         self.plan.host(to)
         if to == source:
             raise UsageError(f"VM {vm} is on {to} already; name another host")
-        move = _Move(spec, f"{vm}-{secrets.token_hex(4)}", source, to, policy, transport)
+        move = _Move(vm, f"{vm}-{secrets.token_hex(4)}", source, to, policy, transport)
 
         def work(task: Task[Result]) -> Result:
             def note(content: Any) -> None:
@@ -156,13 +193,13 @@ class VCenter:
         return task
 
     def _carry_out(self, move: "_Move", task: Task[Result], note: Callable[[Any], None]) -> Result:
-        vm, source, to = move.vm.name, move.source, move.to
+        vm, source, to = move.vm, move.source, move.to
         if self.places.get(vm) != source:
             raise MigrationFailed(f"VM {vm} is not on {source} any more, where it was when this migration was ordered")
         self.events.emit("migration.begin", vm=vm, migration=move.migration, source_host=source, destination_host=to)
         try:
             encrypt = move.transport.encrypt
-            order = control.Prepare(move.vm, move.migration, self.announce, self.schedule_ms, encrypt)
+            order = control.Prepare(vm, move.migration, self.announce, self.schedule_ms, encrypt)
             try:
                 ready = self._call(to, order)
                 if task.cancelled:
@@ -283,8 +320,13 @@ class VCenter:
                 return client
             client.close()
 
+    def _registered(self, vm: str) -> VM:
+        if vm not in self.inventory:
+            known = ", ".join(self.inventory) or "none"
+            raise UsageError(f"VM {vm!r} is not registered; registered are {known}")
+        return self.inventory[vm]
+
     def _place(self, vm: str) -> str:
-        self.plan.vm(vm)
         if vm not in self.places:
             raise UsageError(f"VM {vm} is not powered on")
         return self.places[vm]

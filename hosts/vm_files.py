@@ -51,11 +51,6 @@ def swap_path(vm: str, host: str) -> str:
     return f"/{vm}/{vm}-{host}.vswp"
 
 
-def log_path(vm: str, number: int = 0) -> str:
-    """The current one, or an older one."""
-    return f"/{vm}/vmware-{number}.log" if number else f"/{vm}/vmware.log"
-
-
 # ---------------------------------------------------------------- .vmx
 
 
@@ -94,8 +89,11 @@ def to_vmx(vm: VM) -> str:
     return "".join(f'{key} = "{value}"\n' for key, value in values.items())
 
 
-def from_vmx(text: str, host: str, path: str) -> VM:
-    """The VM of a configuration, to be run on `host`; VmFileError names `path`. Keys that are not ours are let be."""
+def from_vmx(text: str, host: str, disk: int, path: str) -> VM:
+    """The VM of a configuration, to be run on `host` with a disk of so many bytes; VmFileError names `path`.
+
+    Keys that are not ours are let be.
+    """
     values = _values(text, path)
 
     def number(key: str, kind: type[int] | type[float]) -> float:
@@ -120,6 +118,7 @@ def from_vmx(text: str, host: str, path: str) -> VM:
         working_set=int(number(f"{_WORKLOAD}working_set", int)),
         bulk_rate=int(number(f"{_WORKLOAD}bulk_rate", int)),
         ip6=values.get(f"{_WORKLOAD}ip6", ""),
+        disk=disk,
     )
 
 

@@ -17,9 +17,7 @@ their ports are open. A VM whose port is dark is elsewhere, and its frames leave
 """
 
 import errno
-import os
 import socket
-import struct
 import subprocess
 import time
 from pathlib import Path
@@ -32,22 +30,18 @@ from pyroute2.netlink.rtnl import RTM_DELNEIGH, RTM_NEWNEIGH, RTM_SETLINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.ndmsg import ndmsg
 
+from hosts.gate import Gate, Messages, VSwitchError
 from topologies.devices import RPS_CPUS, SYSCTLS, ip6_commands, rps_file
-from topologies.errors import TestbedError
 from topologies.plan import VM
 
 # linux/neighbour.h: a static bridge entry, which forwards and does not age (NUD_PERMANENT would mean the bridge itself)
 _NUD_NOARP, _NTF_MASTER = 0x40, 0x04
 _LISTENING, _FORWARDING = 1, 3  # linux/if_bridge.h, BR_STATE_*
-_NLA_F_NESTED, _NLMSG_HEADER_BYTES = 0x8000, 16
+_NLA_F_NESTED = 0x8000
 _VM_DEVICE = "eth0"
 _CARRIER_WITHIN_S = 3.0
 # Settings of the VM's own namespace. The send queue is capped because it is copied during the downtime.
 _VM_SYSCTLS = (*SYSCTLS, "net.ipv4.tcp_wmem=4096 16384 1048576")
-
-
-class VSwitchError(TestbedError):
-    """The kernel refused a change to a vSwitch."""
 
 
 class VmPort:
@@ -56,7 +50,8 @@ class VmPort:
     def __init__(self, vswitch: str, vm: VM, pid: int) -> None:
         self.vm, self.state = vm, "dark"
         self.name = f"{vm.name}.{_VM_DEVICE}"
-        self._gate: _Gate | None = None  # once there is something of ours to take away
+        self._index = 0  # of its device, once there is something of ours to take away
+        self._gate: Gate | None = None
         try:
             with IPRoute() as netlink:
                 self._build(netlink, vswitch, pid)
@@ -78,7 +73,7 @@ class VmPort:
             return cls(vswitch, vm, pid)
         state = int(Path(f"/sys/class/net/{port.name}/brport/state").read_text())
         port.state = "open" if state == _FORWARDING else "dark"
-        port._gate = _Gate(vm, found[0])
+        port._index, port._gate = found[0], _gate_of(vm, found[0])
         return port
 
     def _build(self, netlink: IPRoute, vswitch: str, pid: int) -> None:
@@ -86,13 +81,13 @@ class VmPort:
         peer = {"ifname": _VM_DEVICE, "address": self.vm.mac, "net_ns_pid": pid}
         netlink.link("add", ifname=self.name, kind="veth", peer=peer)
         (index,) = netlink.link_lookup(ifname=self.name)
-        self._gate = gate = _Gate(self.vm, index)
+        self._index, self._gate = index, _gate_of(self.vm, index)
         _in_namespace(pid, ["sysctl", "-q", "-w", *_VM_SYSCTLS])
         _in_namespace(pid, ["ip", "-batch", "-"], f"link set lo up\nlink set {_VM_DEVICE} up\n")
         netlink.link("set", index=index, state="up")
         # without an address the namespace says nothing and answers nothing: it gets one when its port is dark
         netlink.link("set", index=index, master=bridge)
-        gate.darken_at_first()
+        _darken_at_first(self.gate)
         _in_namespace(pid, ["ip", "addr", "add", self.vm.ip, "dev", _VM_DEVICE])
         if self.vm.ip6:
             for command in ip6_commands(_VM_DEVICE, self.vm.ip6):
@@ -102,12 +97,12 @@ class VmPort:
 
     def open(self) -> None:
         """dark -> open. All that the VM needs of the network has to be in place."""
-        self._built.open()
+        self.gate.open()
         self.state = "open"
 
     def shut(self) -> None:
         """open -> dark."""
-        self._built.shut()
+        self.gate.shut()
         self.state = "dark"
 
     def remove(self) -> None:
@@ -117,69 +112,50 @@ class VmPort:
         self._gate.close()
         with IPRoute() as netlink:
             try:
-                netlink.link("del", index=self._gate.index)
+                netlink.link("del", index=self._index)
             except NetlinkError as error:
                 if error.code != errno.ENODEV:
                     raise VSwitchError(f"VM {self.vm.name}: port {self.name} stays: {error}") from error
 
     @property
-    def _built(self) -> "_Gate":
+    def gate(self) -> Gate:
         if self._gate is None:
             raise VSwitchError(f"VM {self.vm.name}: port {self.name} was never built")
         return self._gate
 
 
-class _Gate:
-    """Opens and shuts a bridge port. The messages are made beforehand: opening and shutting are in every downtime."""
+def _gate_of(vm: VM, index: int) -> Gate:
+    """The messages are made beforehand: opening and shutting are in every downtime."""
+    listening, forwarding = _state(index, _LISTENING), _state(index, _FORWARDING)
+    known = _entry(index, vm.mac, RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE)
+    return Gate(vm.name, Messages(listening, forwarding, known, _entry(index, vm.mac, RTM_DELNEIGH, 0)))
 
-    def __init__(self, vm: VM, index: int) -> None:
-        self.index, self._vm = index, vm.name
-        self._listening, self._forwarding = self._state(_LISTENING), self._state(_FORWARDING)
-        self._known = self._entry(vm.mac, RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE)
-        self._forgotten = self._entry(vm.mac, RTM_DELNEIGH, 0)
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
 
-    def open(self) -> None:
-        self._do(self._forwarding)
-        self._do(self._known)
+def _darken_at_first(gate: Gate) -> None:
+    """A new link's carrier is reported with a delay, and until then the bridge refuses to set its state."""
+    deadline = time.monotonic() + _CARRIER_WITHIN_S
+    while True:
+        try:
+            return gate.darken()
+        except VSwitchError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.005)
 
-    def shut(self) -> None:
-        self._do(self._listening)
-        self._do(self._forgotten, unless=errno.ENOENT)
 
-    def darken_at_first(self) -> None:
-        """A new link's carrier is reported with a delay, and until then the bridge refuses to set its state."""
-        deadline = time.monotonic() + _CARRIER_WITHIN_S
-        while True:
-            try:
-                return self._do(self._listening)
-            except VSwitchError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(0.005)
+def _state(index: int, state: int) -> bytes:
+    message = ifinfmsg()
+    message["family"], message["index"] = socket.AF_BRIDGE, index
+    message["attrs"] = [("IFLA_PROTINFO", {"attrs": [("IFLA_BRPORT_STATE", state)]}, _NLA_F_NESTED)]
+    return _encoded(message, RTM_SETLINK, 0)
 
-    def close(self) -> None:
-        self._socket.close()
 
-    def _state(self, state: int) -> bytes:
-        message = ifinfmsg()
-        message["family"], message["index"] = socket.AF_BRIDGE, self.index
-        message["attrs"] = [("IFLA_PROTINFO", {"attrs": [("IFLA_BRPORT_STATE", state)]}, _NLA_F_NESTED)]
-        return _encoded(message, RTM_SETLINK, 0)
-
-    def _entry(self, mac: str, kind: int, flags: int) -> bytes:
-        message = ndmsg()
-        message["family"], message["ifindex"] = socket.AF_BRIDGE, self.index
-        message["state"], message["flags"] = _NUD_NOARP, _NTF_MASTER
-        message["attrs"] = [("NDA_LLADDR", mac)]
-        return _encoded(message, kind, flags)
-
-    def _do(self, message: bytes, unless: int = 0) -> None:
-        """Let the kernel carry it out; the error `unless` means that it was so before."""
-        self._socket.send(message)
-        (code,) = struct.unpack_from("i", self._socket.recv(4096), _NLMSG_HEADER_BYTES)  # struct nlmsgerr
-        if code and -code != unless:
-            raise VSwitchError(f"VM {self._vm}: its port cannot be changed: {os.strerror(-code)}")
+def _entry(index: int, mac: str, kind: int, flags: int) -> bytes:
+    message = ndmsg()
+    message["family"], message["ifindex"] = socket.AF_BRIDGE, index
+    message["state"], message["flags"] = _NUD_NOARP, _NTF_MASTER
+    message["attrs"] = [("NDA_LLADDR", mac)]
+    return _encoded(message, kind, flags)
 
 
 def _encoded(message: Any, kind: int, flags: int) -> bytes:

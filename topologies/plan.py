@@ -28,6 +28,7 @@ _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _PAGE = 4096
 _UPLINKS = {"vmnic0": "to the physical switch", "vmnic1": "the vMotion cable"}
 MIN_RAM_BYTES = 16 * 2**20
+MIN_DISK_BYTES = 2**20
 
 
 class PlanError(UsageError):
@@ -83,7 +84,8 @@ class VM:
     `fill` is the fraction of RAM filled with random data at power-on, `compressible` the fraction of each
     filled page that repeats itself (hence is nothing to a packer); the memory dirtier writes
     `dirty_rate` bytes per second (4 KiB pages) at random places of a `working_set`; the bulk
-    stream offers `bulk_rate` bits per second to each client that connects. Without an `ip6` it has no IPv6.
+    stream offers `bulk_rate` bits per second to each client that connects. The transaction server keeps its journal
+    on a `disk` of so many bytes. Without an `ip6` it has no IPv6.
     """
 
     name: str
@@ -97,6 +99,7 @@ class VM:
     dirty_rate: int = field(default=50_000_000, metadata={"parse": parse_rate})
     working_set: int = field(default=64 * 2**20, metadata={"parse": parse_size})
     bulk_rate: int = field(default=10_000_000, metadata={"parse": parse_bitrate})
+    disk: int = field(default=64 * 2**20, metadata={"parse": parse_size})
     ip6: str = ""
 
     @property
@@ -294,19 +297,23 @@ def _check_addresses(plan: Plan) -> None:
             _check_netmask(host, port)
     things: tuple[Client | VM, ...] = (*plan.clients, *plan.vms)
     for thing in things:
-        where = f"{type(thing).__name__} {thing.name!r}"
-        if "/" not in thing.ip:
-            raise PlanError(f"{where}: ip {thing.ip!r} lacks its prefix; write it like 10.0.0.11/24")
-        try:
-            IPv4Interface(thing.ip)
-        except ValueError as error:
-            raise PlanError(f"{where}: ip {thing.ip!r} is no IPv4 address with prefix") from error
-        if thing.ip6:
-            _check_ip6(thing.ip6, where)
-        if not _MAC.fullmatch(thing.mac):
-            raise PlanError(f"{where}: mac {thing.mac!r} is none; write it like 00:50:56:00:00:01, in lower case")
-        if int(thing.mac[:2], 16) & 1:
-            raise PlanError(f"{where}: mac {thing.mac} is a group address; a machine has a unicast one")
+        _check_addresses_of(thing)
+
+
+def _check_addresses_of(thing: Client | VM) -> None:
+    where = f"{type(thing).__name__} {thing.name!r}"
+    if "/" not in thing.ip:
+        raise PlanError(f"{where}: ip {thing.ip!r} lacks its prefix; write it like 10.0.0.11/24")
+    try:
+        IPv4Interface(thing.ip)
+    except ValueError as error:
+        raise PlanError(f"{where}: ip {thing.ip!r} is no IPv4 address with prefix") from error
+    if thing.ip6:
+        _check_ip6(thing.ip6, where)
+    if not _MAC.fullmatch(thing.mac):
+        raise PlanError(f"{where}: mac {thing.mac!r} is none; write it like 00:50:56:00:00:01, in lower case")
+    if int(thing.mac[:2], 16) & 1:
+        raise PlanError(f"{where}: mac {thing.mac} is a group address; a machine has a unicast one")
 
 
 def _check_management(text: str, where: str, segment: IPv4Network) -> None:
@@ -440,20 +447,30 @@ def _check_vms(plan: Plan) -> None:
         if vm.host not in hosts:
             raise PlanError(f"VM {vm.name!r} is on an unknown host {vm.host!r}; known are {', '.join(hosts)}")
         for host in plan.hosts:
-            if not any(vm.port_group in v.port_groups for v in host.vswitches):
-                raise PlanError(f"VM {vm.name!r}: host {host.name!r} has no port group {vm.port_group!r}")
-        if vm.ram < MIN_RAM_BYTES or vm.ram % _PAGE:
-            raise PlanError(f"VM {vm.name!r}: RAM of {vm.ram} bytes; it takes at least 16MiB, in whole 4 KiB pages")
-        if not 0 <= vm.fill <= 1:
-            raise PlanError(f"VM {vm.name!r}: fill of {vm.fill:.0%}; it must be 0% to 100%")
-        if not 0 <= vm.compressible <= 1:
-            raise PlanError(f"VM {vm.name!r}: compressible by {vm.compressible:.0%}; it must be 0% to 100%")
-        if not vm.bulk_rate:
-            raise PlanError(f"VM {vm.name!r}: the bulk stream cannot be unshaped; write a rate like 10Mbit")
-        if not _PAGE <= vm.working_set <= vm.ram:
-            size, ram = format_size(vm.working_set), format_size(vm.ram)
-            limits = f"it must be at most its RAM, here {ram}, and a page at least"
-            raise PlanError(f"VM {vm.name!r}: working set of {size}; {limits}")
+            check_vm(vm, host)
+
+
+def check_vm(vm: VM, host: Host) -> None:
+    """PlanError if this host cannot run such a VM, wherever its description comes from."""
+    if not _NAME.fullmatch(vm.name):
+        raise PlanError(f"VM {vm.name!r}: a name is a lower-case letter and up to 7 letters or digits")
+    _check_addresses_of(vm)
+    if not any(vm.port_group in v.port_groups for v in host.vswitches):
+        raise PlanError(f"VM {vm.name!r}: host {host.name!r} has no port group {vm.port_group!r}")
+    if vm.ram < MIN_RAM_BYTES or vm.ram % _PAGE:
+        raise PlanError(f"VM {vm.name!r}: RAM of {vm.ram} bytes; it takes at least 16MiB, in whole 4 KiB pages")
+    if not 0 <= vm.fill <= 1:
+        raise PlanError(f"VM {vm.name!r}: fill of {vm.fill:.0%}; it must be 0% to 100%")
+    if not 0 <= vm.compressible <= 1:
+        raise PlanError(f"VM {vm.name!r}: compressible by {vm.compressible:.0%}; it must be 0% to 100%")
+    if vm.disk < MIN_DISK_BYTES or vm.disk % 512:
+        raise PlanError(f"VM {vm.name!r}: a disk of {vm.disk} bytes; it takes at least 1MiB, in whole sectors")
+    if not vm.bulk_rate:
+        raise PlanError(f"VM {vm.name!r}: the bulk stream cannot be unshaped; write a rate like 10Mbit")
+    if not _PAGE <= vm.working_set <= vm.ram:
+        size, ram = format_size(vm.working_set), format_size(vm.ram)
+        limits = f"it must be at most its RAM, here {ram}, and a page at least"
+        raise PlanError(f"VM {vm.name!r}: working set of {size}; {limits}")
 
 
 _CHECKS = (_check_names, _check_addresses, _check_vm_network, _check_unique, _check_hosts, _check_vmotion, _check_vms)

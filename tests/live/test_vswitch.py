@@ -18,7 +18,8 @@ from namespaces import Node, inside
 from programs import eventually
 
 from experiments.world import run
-from hosts.vswitch import VmPort, VSwitchError
+from hosts.gate import VSwitchError
+from hosts.vswitch import VmPort
 from topologies.plan import VM
 
 EVERY_TYPE = 0x0003  # ETH_P_ALL, linux/if_ether.h

@@ -13,6 +13,7 @@ from fakes import ToldBitmap, ToldGuest, ToldMachine
 from pairs import connection, memory
 
 from hosts.datastore import LocalDatastore
+from hosts.gate import VSwitchError
 from hosts.guest import GuestError
 from hosts.machine import Machine
 from hosts.policy import Policy
@@ -22,7 +23,6 @@ from hosts.ram import PageHashes, Ram
 from hosts.source import MigrationFailed, OutgoingMigration
 from hosts.stream import PeerAborted, Stream, StreamLost
 from hosts.transport import Transport
-from hosts.vswitch import VSwitchError
 
 
 class Guest(ToldGuest):

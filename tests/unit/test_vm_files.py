@@ -31,7 +31,7 @@ def vms(draw: st.DrawFn) -> VM:
 
 @given(vms())
 def test_a_configuration_is_read_as_it_was_written(vm: VM) -> None:
-    assert from_vmx(to_vmx(vm), "esx1", "x.vmx") == vm
+    assert from_vmx(to_vmx(vm), "esx1", vm.disk, "x.vmx") == vm
 
 
 def test_the_configuration_says_what_vmware_says() -> None:
@@ -55,13 +55,13 @@ def test_a_spoilt_configuration_is_named(old: str, new: str, why: str) -> None:
     text = to_vmx(SEED)
     assert old in text
     with pytest.raises(VmFileError) as refusal:
-        from_vmx(text.replace(old, new), "esx1", "x.vmx")
+        from_vmx(text.replace(old, new), "esx1", SEED.disk, "x.vmx")
     assert why in str(refusal.value)
 
 
 @given(st.text(max_size=300))
 def test_any_text_is_a_configuration_or_an_error(text: str) -> None:
-    for read in (lambda: from_vmx(text, "esx1", "x.vmx"), lambda: disk_bytes(text, "vm1", "x.vmdk")):
+    for read in (lambda: from_vmx(text, "esx1", SEED.disk, "x.vmx"), lambda: disk_bytes(text, "vm1", "x.vmdk")):
         with pytest.raises(VmFileError):
             read()
 

@@ -1,0 +1,94 @@
+"""A VM's folder on a datastore: the files that it is, made, read and taken away (hosts/vm_files.py says what is in them)."""
+
+import contextlib
+import os
+
+from hosts import vm_files
+from hosts.store import Store
+from hosts.vm_files import MAX_TEXT_BYTES, VmFileError
+from topologies.plan import VM
+
+_WORLD_READABLE = 0o644  # NFS asks who may read when it opens a disk: the next owner does so before it is one
+
+
+class VmFolder:
+    """Errors are OSErrors of the store, and VmFileErrors for what is not as it has to be."""
+
+    def __init__(self, store: Store, vm: str) -> None:
+        self._store, self.vm = store, vm
+
+    def create(self, vm: VM) -> None:
+        """A VM with an empty disk; what is there already stays as it is. Once it has a configuration it is one."""
+        with contextlib.suppress(FileExistsError):
+            self._store.mkdir(f"/{vm.name}")
+        self._make_disk(vm)
+        self._write_once(vm_files.descriptor_path(vm.name), vm_files.to_descriptor(vm.name, vm.disk).encode())
+        self._write_once(vm_files.vmx_path(vm.name), vm_files.to_vmx(vm).encode())
+
+    def read(self, host: str) -> VM:
+        """The VM of these files, to be run on `host`."""
+        disk = vm_files.disk_bytes(self._text(vm_files.descriptor_path(self.vm)), self.vm, f"{self.vm}.vmdk")
+        path = vm_files.vmx_path(self.vm)
+        vm = vm_files.from_vmx(self._text(path), host, disk, path)
+        if vm.name != self.vm:
+            raise VmFileError(f"{path} is the configuration of {vm.name!r}; a VM's files have its name")
+        size = self._store.attributes(vm_files.disk_path(self.vm)).size
+        if size != disk:
+            raise VmFileError(f"{vm_files.disk_path(self.vm)} has {size} bytes, and its descriptor says {disk}")
+        return vm
+
+    # ------------------------------------------------------------ nvram
+
+    def nvram(self) -> bytes:
+        """Empty if the VM was never shut down."""
+        try:
+            return self._store.read(vm_files.nvram_path(self.vm), MAX_TEXT_BYTES)
+        except FileNotFoundError:
+            return b""
+
+    def save_nvram(self, content: bytes) -> None:
+        """As a whole, or not at all."""
+        path = vm_files.nvram_path(self.vm)
+        with contextlib.suppress(FileNotFoundError):
+            self._store.unlink(f"{path}.new")
+        self._store.write_new(f"{path}.new", content)
+        self._store.rename(f"{path}.new", path)
+
+    # ------------------------------------------------------------ swap
+
+    def add_swap(self, host: str, ram_bytes: int) -> None:
+        """For a VM that runs, or is to run, on a host; sparse, for nothing is swapped out."""
+        path = vm_files.swap_path(self.vm, host)
+        with contextlib.suppress(FileNotFoundError):
+            self._store.unlink(path)  # of a host that could not clear up
+        self._sparse(path, ram_bytes, 0o600)
+
+    def remove_swap(self, host: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._store.unlink(vm_files.swap_path(self.vm, host))
+
+    # ------------------------------------------------------------ parts
+
+    def _make_disk(self, vm: VM) -> None:
+        with contextlib.suppress(FileExistsError):
+            self._sparse(vm_files.disk_path(vm.name), vm.disk, _WORLD_READABLE)
+
+    def _sparse(self, path: str, size_bytes: int, mode: int) -> None:
+        file = self._store.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            file.truncate(size_bytes)
+        finally:
+            file.close()
+
+    def _write_once(self, path: str, content: bytes) -> None:
+        with contextlib.suppress(FileExistsError):
+            self._store.write_new(path, content)
+
+    def _text(self, path: str) -> str:
+        content = self._store.read(path, MAX_TEXT_BYTES + 1)
+        if len(content) > MAX_TEXT_BYTES:
+            raise VmFileError(f"{path} is longer than {MAX_TEXT_BYTES} bytes: it is none of ours")
+        try:
+            return content.decode()
+        except UnicodeDecodeError as error:
+            raise VmFileError(f"{path} is no text: {error}") from error

@@ -1,0 +1,82 @@
+"""vmware.log: what happened to a VM, in its folder, written by the host that has it and a new one at each hand-over.
+
+    2026-11-25T13:06:59.123Z| esx1| vm.powered_on generation=1
+
+It is written by a thread of the agent's, over a connection of its own: a datastore that is slow holds up nobody.
+"""
+
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from hosts.store import Store, open_store
+
+_OLD_LOGS = 6  # so many are kept (VMware's default, log.keepOld)
+_OLD = re.compile(r"vmware-(\d{1,9})\.log")
+_CLOSE_WITHIN_S = 2.0
+
+
+class VmLog:
+    """One agent's. What cannot be written is told to `complain`, and lost."""
+
+    def __init__(self, where: str, host: str, complain: Callable[[str], None]) -> None:
+        self._where, self._host, self._complain = where, host, complain
+        self._lines: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write_all, name="vmware.log", daemon=True)
+        self._thread.start()
+
+    def begin(self, vm: str) -> None:
+        """The VM is this host's now: a new log."""
+        self._lines.put((vm, ""))
+
+    def add(self, vm: str, kind: str, fields: Mapping[str, Any]) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
+        said = "".join(f" {name}={value}" for name, value in fields.items())
+        self._lines.put((vm, f"{now}Z| {self._host}| {kind}{said}\n"))
+
+    def close(self) -> None:
+        """What is still to be written has a moment for it."""
+        self._lines.put(None)
+        self._thread.join(_CLOSE_WITHIN_S)
+
+    def _write_all(self) -> None:
+        store: Store | None = None
+        while (entry := self._lines.get()) is not None:
+            vm, line = entry
+            try:
+                store = store or open_store(self._where)
+                if line:
+                    self._append(store, f"/{vm}/vmware.log", line.encode())
+                else:
+                    _rotate(store, vm)
+            except OSError as error:
+                self._complain(f"VM {vm}: vmware.log lacks {line.strip() or 'its new beginning'!r}: {error}")
+                time.sleep(0.1)
+        if store is not None:
+            store.close()
+
+    @staticmethod
+    def _append(store: Store, path: str, line: bytes) -> None:
+        try:
+            file, at = store.open(path), store.attributes(path).size
+        except FileNotFoundError:
+            file, at = store.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), 0
+        try:
+            file.write(at, line)
+        finally:
+            file.close()
+
+
+def _rotate(store: Store, vm: str) -> None:
+    names = store.names(f"/{vm}")
+    if "vmware.log" not in names:
+        return
+    old = sorted(int(match[1]) for name in names if (match := _OLD.fullmatch(name)))
+    store.rename(f"/{vm}/vmware.log", f"/{vm}/vmware-{(old or [0])[-1] + 1}.log")
+    for number in old[: len(old) + 1 - _OLD_LOGS]:
+        store.unlink(f"/{vm}/vmware-{number}.log")
