@@ -133,6 +133,12 @@ def say_resumed(stream: Stream) -> None:
     stream.send(Resumed(2, "digest"))
 
 
+def go_away(stream: Stream) -> None:
+    """Without a word."""
+    stream.close()
+    raise StreamLost("gone")
+
+
 def test_a_vm_whose_destination_says_so_has_left(tmp_path: Path) -> None:
     with scene(tmp_path, say_resumed) as moving:
         assert moving.migration.run("token").destination_digest == "digest"
@@ -173,7 +179,7 @@ def test_a_source_that_cannot_learn_who_owns_the_vm_leaves_it_suspended(
         raise OwnerUnknown("no answer")
 
     monkeypatch.setattr(hosts.source, "_ASK_FOR_S", 0.7)
-    with scene(tmp_path, Stream.interrupt) as moving:
+    with scene(tmp_path, go_away) as moving:
         monkeypatch.setattr(moving.datastore, "claim", silent)
         why = "VM vm1 stays suspended on esx1 until it is known who owns it: no answer"
         with pytest.raises(MigrationFailed, match=why):
@@ -185,7 +191,7 @@ def test_a_source_that_cannot_learn_who_owns_the_vm_leaves_it_suspended(
 def test_a_claim_that_was_ours_without_an_answer_brings_the_vm_back_without_a_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with scene(tmp_path, Stream.interrupt) as moving:
+    with scene(tmp_path, go_away) as moving:
         claim, leases = moving.datastore.claim, []
 
         def unheard(*order: Any, **patience: Any) -> Lease | None:
@@ -204,7 +210,7 @@ def test_a_claim_that_was_ours_without_an_answer_brings_the_vm_back_without_a_le
 
 
 def test_a_vm_that_another_host_has_claimed_has_left_though_nobody_says_so(tmp_path: Path) -> None:
-    with scene(tmp_path, Stream.interrupt) as moving:
+    with scene(tmp_path, go_away) as moving:
         assert datastore_of(tmp_path).claim("vm1", 2, "esx2")
         moving.migration.run("token")
         assert moving.migration.left
@@ -224,7 +230,7 @@ def test_a_vm_whose_port_cannot_be_opened_runs_all_the_same(tmp_path: Path, monk
     def refuse() -> None:
         raise VSwitchError("port vm1.eth0 stays dark")
 
-    with scene(tmp_path, Stream.interrupt) as moving:
+    with scene(tmp_path, go_away) as moving:
         monkeypatch.setattr(moving.migration.machine, "open_gate", refuse)
         with pytest.raises(MigrationFailed, match=r"VM vm1 stays on esx1: .*; but port vm1\.eth0 stays dark"):
             moving.migration.run("token")
