@@ -153,9 +153,9 @@ class Vmx:
             self._own.wait()
             with self.lock:
                 lease = self.lease
-            if lease is None:
-                self._own.clear()
-                continue
+                if lease is None:
+                    self._own.clear()
+                    continue
             try:
                 if keeper is None or keeper.claim.generation != lease.generation:
                     if keeper is not None:
