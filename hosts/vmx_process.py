@@ -159,7 +159,8 @@ class Vmx:
             try:
                 if keeper is None or keeper.claim.generation != lease.generation:
                     if keeper is not None:
-                        keeper.close()
+                        before, keeper = keeper, None  # once: its descriptor may be another file's then
+                        before.close()
                     keeper = Keeper(self._datastore, self.vm, lease.generation, self.host)
                     keeper.collect()
                 self._pulse(keeper, lease)

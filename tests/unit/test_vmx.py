@@ -105,9 +105,10 @@ def test_a_lease_that_is_given_while_the_keeper_notices_that_it_had_none_is_kept
 
     class Interrupted(threading.Event):
         def clear(self) -> None:
-            giving = threading.Thread(target=scene.own, args=(1,))
-            giving.start()
-            giving.join(0.5)
+            if scene.page.generation == 0:
+                giving = threading.Thread(target=scene.own, args=(1,))
+                giving.start()
+                giving.join(0.5)
             super().clear()
 
     scene.vmx._own = Interrupted()
@@ -153,3 +154,13 @@ def test_a_write_that_is_refused_is_told_once_and_tried_until_it_is_done(
     assert scene.disk.read(512, 7) == b"content"
     assert len(find(read_events(scene.events_file), kind, vm="vm1")) == 1
     assert not scene.page.full
+
+
+def test_a_keeper_that_cannot_take_over_at_once_does_so_later_and_closes_what_it_had_once(scene: Scene) -> None:
+    scene.own(1)
+    scene.keep()
+    eventually(lambda: scene.pulse() >= 1, "pulse")
+    scene.store.mishaps["read"] = ["lost"]
+    scene.own(2)
+    eventually(lambda: scene.pulse() >= 1, "pulse under the next generation", 5)
+    assert scene.store.calls.count("close") == 1
