@@ -106,7 +106,7 @@ def test_anothers_is_taken_apart_and_nothing_is_claimed(tmp_path: Path, state: s
     assert found.datastore.newest_generation("vm1") == 2
 
 
-def test_a_destination_that_claims_while_we_are_about_to_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_destination_that_claims_before_us_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Found(tmp_path, "esx1")
     claim = found.datastore.claim
 

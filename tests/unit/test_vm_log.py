@@ -111,7 +111,7 @@ def test_a_store_that_fails_costs_the_lines_of_that_time_and_is_complained_of(
         return store
 
     monkeypatch.setattr(hosts.vm_log, "open_store", open_store)
-    monkeypatch.setattr(hosts.vm_log.time, "sleep", Clock().sleep)
+    monkeypatch.setattr(hosts.vm_log, "time", Clock())
     store.mishaps["write"] = [lambda: None, OSError(errno.ENOSPC, "full"), "lost"]
     with closing(VmLog("nfs://nowhere", "esx1", complaints.append)) as log:
         for number in range(5):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,7 +16,7 @@ from stores import datastore_of, make_vm
 import hosts.vmx_process
 from hosts import channel
 from hosts.disk_channel import Disk, socket_pair
-from hosts.gate import Messages
+from hosts.gate import Gate, Messages
 from hosts.lease_page import LeasePage
 from hosts.ownership import Lease
 from hosts.vmx_process import Vmx
@@ -91,9 +92,9 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
         raise Ended(status)
 
     monkeypatch.setattr(hosts.vmx_process, "open_store", lambda where, timeout_s: store)
-    monkeypatch.setattr(hosts.vmx_process.os, "_exit", end)
-    monkeypatch.setattr(hosts.vmx_process.signal, "pidfd_send_signal", lambda pidfd, signal: None)
-    monkeypatch.setattr(hosts.gate.Gate, "shut", lambda gate: None)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(signal, "pidfd_send_signal", lambda pidfd, number: None)
+    monkeypatch.setattr(Gate, "shut", lambda gate: None)
     scene = Scene(tmp_path)
     scene.store = store
     yield scene
@@ -142,9 +143,7 @@ def test_an_owner_whose_pulses_are_refused_and_that_is_the_newest_stays_it(scene
     ("error", "kind"),
     [(errno.EACCES, "disk.refused"), (errno.ENOSPC, "disk.full"), (errno.EIO, "disk.failed")],
 )
-def test_a_write_that_is_refused_is_told_once_and_tried_until_it_is_done(
-    scene: Scene, error: int, kind: str
-) -> None:
+def test_a_write_that_is_refused_is_told_once_and_tried_until_it_is_done(scene: Scene, error: int, kind: str) -> None:
     scene.own(1)
     refusal = OSError(error, os.strerror(error))
     scene.store.mishaps["write"] = [refusal, "lost", refusal, "unheard", refusal]
