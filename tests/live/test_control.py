@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from namespaces import inside
 from programs import eventually
-from testbeds import HOSTS, answers, elsewhere, events, here, slow_cable, small_testbed
+from testbeds import HOSTS, answers, datastore, elsewhere, events, here, slow_cable, small_testbed
 
 from experiments.probes import Probes
 from experiments.testbed import Testbed
@@ -288,17 +288,16 @@ def test_a_vm_that_is_made_twice_is_the_first_one(testbed: Testbed) -> None:
 
 
 def test_a_power_on_that_fails_can_be_tried_again(testbed: Testbed) -> None:
-    nvram = testbed.datastore / "vm8" / "vm8.nvram"
-    with closing(agent(testbed, "esx1")) as client:
+    with closing(agent(testbed, "esx1")) as client, datastore(testbed) as store:
         client.call(control.Create(VM8))
-        nvram.write_text("no nvram")
+        store.write_new("/vm8/vm8.nvram", b"no nvram")
         with pytest.raises(ControlError, match="VM vm8: Boot: the nvram is not one of this machine's"):
             client.call(control.PowerOn("vm8", "none", SCHEDULE_MS))
-        nvram.unlink()
+        store.unlink("/vm8/vm8.nvram")
         began = client.call(control.PowerOn("vm8", "none", SCHEDULE_MS))
         assert began["generation"] == 3, "the one that failed, and that it is off"
         assert client.call(control.PowerOff("vm8")) == {"generation": 4, "orderly": True}
-    assert not list(nvram.parent.glob("*.vswp"))
+        assert not [name for name in store.names("/vm8") if name.endswith(".vswp")]
 
 
 def test_a_vm_that_runs_or_is_off_is_not_restarted_elsewhere(testbed: Testbed) -> None:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -42,7 +42,7 @@ def port() -> Iterator[VmPort]:
 
 
 class Scene:
-    """VM vm1 of esx1 under generation 1; `elsewhere`: the datastore as another host sees it, whatever happens to ours."""
+    """The vmx of vm1 on esx1, which nobody has claimed yet."""
 
     def __init__(self, folder: Path, port: VmPort) -> None:
         self.root, self.port = folder / "datastore", port
@@ -161,9 +161,9 @@ def test_a_write_that_finds_no_room_is_done_when_there_is_some(tmp_path: Path, p
             scene.own()
             eventually(lambda: scene.claim.pulse > 0, "pulse")
             filler = scene.root / "filler"
-            with open(filler, "wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
-                while True:
-                    file.write(bytes(4096))
+            with open(filler, "wb", buffering=0) as file, suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
             scene.disk.write(0, b"x" * 50_000)
             scene.await_event("disk.full", vm="vm1")
             assert scene.vmx.page.full
@@ -187,7 +187,7 @@ def test_without_a_disk_there_is_no_vmx_and_the_agent_hears_why(tmp_path: Path) 
     with guests_end, vmx_end:
         vmx = Vmx.start("vm1", "esx1", where, tmp_path / "vm1.vmx", vmx_end)
         try:
-            with pytest.raises(VmxError, match=r"did not come up \(VM vm1: no disk: .*vm1-flat\.vmdk'\); see .*vmx.log"):
+            with pytest.raises(VmxError, match=r"did not come up \(VM vm1: no disk: .*vm1-flat\.vmdk'\); see"):
                 vmx.greet()
         finally:
             vmx.end()
@@ -389,6 +389,6 @@ def test_a_vmx_that_has_ended_is_told_from_one_that_cannot_be_reached(owner: Sce
     owner.vmx.let_go()
     os.kill(owner.pid, 9)
     owner.vmx_ends()
-    with pytest.raises(VmxHasEnded, match="VM vm1: its vmx at .* has ended"):
+    with pytest.raises(VmxHasEnded, match=r"VM vm1: its vmx at .* has ended"):
         Vmx.adopt("vm1", owner.home, owner.where.log)
     assert not owner.home.exists()
