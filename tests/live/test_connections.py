@@ -1,7 +1,10 @@
 """Client connections through whole migrations: half closed, over IPv6, hundreds at once."""
 
+import os
+import signal
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -228,3 +231,22 @@ def test_a_client_that_resets_its_connection_costs_only_itself(testbed: Testbed)
     other.ask(1)
     other.hear()
     other.socket.close()
+
+
+def test_clients_that_reset_while_the_disk_answers_cost_only_themselves(testbed: Testbed) -> None:
+    """In one look of the VM's there is word from its disk, and from a client that its answer cannot reach any more."""
+    before = guest(testbed)
+    for number in range(6_000, 6_100):
+        customer = Customer(testbed, ADDRESSES["IPv4"], number)
+        customer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        customer.ask(1)
+        time.sleep(number % 10 * 0.0003)  # now and then, the VM has asked its disk and not heard of it
+        os.kill(before, signal.SIGSTOP)
+        time.sleep(0.01)
+        customer.socket.close()
+        os.kill(before, signal.SIGCONT)
+    other = Customer(testbed, ADDRESSES["IPv4"], 6_100)
+    other.ask(1)
+    other.hear()
+    other.socket.close()
+    assert guest(testbed) == before
