@@ -161,7 +161,6 @@ class Agent:
             undo.pop_all()
             undo.callback(self._bury, machine, "it could not be powered on")
             machine.own(lease)
-            site.vm_log.begin(vm.name)
             with self._storage(vm.name):
                 nvram = site.folder_of(vm.name).nvram()
             booted = machine.guest.power_on(nvram)
@@ -398,27 +397,18 @@ class Agent:
             why = repr(error)
             self.log(traceback.format_exc())
         try:
-            if machine.owner_unknown:
-                self._keep(machine)
+            if incoming.arrived or machine.owner_unknown:
+                with self.lock:
+                    self.machines[machine.vm.name] = machine
             elif machine.generation == 0:  # it never came to the point of no return
                 self._discard(incoming, why)
-            elif not incoming.arrived:
-                self._bury(machine, why, migration=incoming.migration)
             else:
-                self._keep(machine)
+                self._bury(machine, why, migration=incoming.migration)
         finally:
             with self.lock:
                 self.busy.discard(machine.vm.name)
                 del self.receiving[hello.migration]
                 incoming.ended.set()
-
-    def _keep(self, machine: Machine) -> None:
-        """It has come; with a new log, if it is ours."""
-        if machine.generation:
-            self.site.vm_log.begin(machine.vm.name)
-            machine.emit("vm.arrived", generation=machine.generation)
-        with self.lock:
-            self.machines[machine.vm.name] = machine
 
     def _bury(self, machine: Machine, why: str, **fields: Any) -> None:
         """It was ours and cannot go on: it is off, and can be powered on again anywhere."""

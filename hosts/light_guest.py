@@ -409,7 +409,7 @@ class LightGuest:
             self.selector.unregister(sock)
 
     def _serve(self, sock: socket.socket, connection: Connection) -> None:
-        """Do what it has asked for, as far as it takes the answers; an answer waits until all before it is on the disk."""
+        """Do what it has asked for, as far as it takes the answers; each waits until all before it is on the disk."""
         size, at = ledger.REQUEST.size, 0
         while (
             len(connection.received) - at >= size

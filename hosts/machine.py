@@ -130,6 +130,8 @@ class Machine:
 
     def own(self, lease: Lease) -> None:
         """It is this host's, and may be told to run."""
+        if not self.generation:
+            self.site.vm_log.begin(self.vm.name)
         self._logs = True
         self.vmx.page.grant(lease)
         self.vmx.own(lease, self.guest.pid, self.port.gate)

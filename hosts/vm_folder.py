@@ -1,4 +1,4 @@
-"""A VM's folder on a datastore: the files that it is, made, read and taken away (hosts/vm_files.py says what is in them)."""
+"""A VM's folder on a datastore: the files that it is (hosts/vm_files.py), made, read and taken away."""
 
 import contextlib
 import os

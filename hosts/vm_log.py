@@ -36,7 +36,7 @@ class VmLog:
 
     def add(self, vm: str, kind: str, fields: Mapping[str, Any]) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
-        said = "".join(f" {name}={value}" for name, value in fields.items())
+        said = "".join(f" {name}={_short(value)}" for name, value in fields.items() if name != "t")
         self._lines.put((vm, f"{now}Z| {self._host}| {kind}{said}\n"))
 
     def close(self) -> None:
@@ -70,6 +70,10 @@ class VmLog:
             file.write(at, line)
         finally:
             file.close()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def _rotate(store: Store, vm: str) -> None:
