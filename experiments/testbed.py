@@ -107,8 +107,14 @@ class Testbed:
         self.children[f"agent-{host}"].kill()
         self.run.events.emit("agent.killed", host=host)
 
+    def kill_host(self, host: str) -> None:
+        """A power failure: kill -9 of its agent and of all that its VMs are. `restart_agent` is its return."""
+        self.kill_agent(host)
+        self.end_vms(host)
+        self.run.events.emit("host.killed", host=host)
+
     def restart_agent(self, host: str) -> None:
-        """A new agent of a host whose agent was killed; it has adopted the host's VMs when this returns."""
+        """A new agent of a host whose agent was killed; it has adopted what VMs there are when this returns."""
         before = self._listened(host)
         self._launch_agent(host)
         self._await(f"agent-{host}", partial(self._has_listened, host, before + 1))

@@ -76,6 +76,7 @@ def settle(machine: Machine, state: str) -> bool:
                 machine.emit("vm.adopted", state=state, generation=machine.generation)
                 return True
             case Fate.RUNS_AGAIN if lease := site.datastore.claim(vm, newest.generation + 1, site.host.name):
+                machine.emit("vm.resuming", generation=lease.generation)
                 machine.own(lease)
                 machine.open_gate()
                 machine.guest.run()

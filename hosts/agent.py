@@ -163,6 +163,7 @@ class Agent:
             machine.own(lease)
             with self._storage(vm.name):
                 nvram = site.folder_of(vm.name).nvram()
+            machine.emit("vm.powering_on", generation=generation)
             booted = machine.guest.power_on(nvram)
             machine.open_gate()
             undo.pop_all()

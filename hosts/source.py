@@ -413,6 +413,7 @@ class OutgoingMigration:
         if self._server is not None:
             self._server.close()
         said, troubles = self._said(error), []
+        self._emit("vm.resuming")
         for resume in self._ways_back():  # a VM without a network is better than none
             try:
                 resume()
