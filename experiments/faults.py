@@ -8,7 +8,7 @@ For each case (experiments/fault_cases.py) a client uses the VM all the time. Af
 
     end            it is one of those that the table has for the case
     one_vm         exactly one process runs the VM, on one host (none after a cold end)
-    ledger         every acknowledged transaction is there exactly once; over the same connection, if the end is not cold
+    ledger         every acknowledged transaction is there exactly once; over one connection unless the end is cold
     noticed        the hosts say what went wrong, where that is not plain from the end
     nothing_stray  no other guest process, no other port of the VM, no migration left at an agent
     full_speed     the VM's workload writes as fast as it should

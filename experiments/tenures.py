@@ -1,12 +1,16 @@
-"""Who ran a VM, and when: from the events of the hosts, and from what the VM's disk itself has recorded. Pure.
+"""Who ran a VM, and when: from the events of the hosts, and from what the VM's disk itself has recorded.
 
 A tenure begins before the VM may run on a host, and ends after it has stopped there, so an overlap of two is never
 overlooked; the disk's sectors say under which generation each entry of the ledger's journal was written.
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from hosts.journal import written_under
+from hosts.vm_files import disk_path
 from topologies.events import Event
 
 # The VM may run from here on
@@ -29,7 +33,7 @@ def tenures(events: Iterable[Event], vm: str) -> list[Tenure]:
     since: dict[str, int] = {}
     found: list[Tenure] = []
     for event in sorted((e for e in events if e.get("vm") == vm), key=lambda e: e["t"]):
-        host = event.get("host", event["source"])
+        host = str(event.get("host", event["source"]))
         if event["kind"] in _BEGINS:
             since.setdefault(host, event["t"])
         elif event["kind"] in _ENDS and host in since:
@@ -48,3 +52,32 @@ def overlap_ms(found: Iterable[Tenure]) -> float:
             if other != host and since < until:
                 shared += min(until, other_until) - since
     return shared / 1e6
+
+
+def show(found: Sequence[Tenure], width: int = 72) -> list[str]:
+    """A line for each host, with a block wherever it ran the VM."""
+    if not found:
+        return []
+    begin = found[0].since_ns
+    end = max(tenure.until_ns or tenure.since_ns for tenure in found) + 1
+    lines = []
+    for host in dict.fromkeys(tenure.host for tenure in found):
+        cells = [" "] * width
+        for tenure in found:
+            if tenure.host == host:
+                first = (tenure.since_ns - begin) * width // (end - begin)
+                last = ((tenure.until_ns or end) - begin) * width // (end - begin)
+                cells[first : last + 1] = "█" * (min(last, width - 1) + 1 - first)
+        lines.append(f"{host:>8} |{''.join(cells)}|")
+    return [*lines, f"{'s':>8} 0{(end - begin) / 1e9:{width}.1f}"]
+
+
+def disk_record(datastore: Path, vm: str) -> list[int]:
+    """The generations under which the journal on a VM's disk was written, in the order of its entries."""
+    with open(f"{datastore}{disk_path(vm)}", "rb") as disk:
+
+        def read(offset: int, length: int) -> bytes:
+            return os.pread(disk.fileno(), length, offset)
+
+        spans = written_under(read, os.fstat(disk.fileno()).st_size)
+    return [generation for _, _, generation in spans]

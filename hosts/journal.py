@@ -305,3 +305,23 @@ def _blocks(read: Callable[[int, int], bytes], offset: int, count: int, kind: np
     if len(data) != count * kind.itemsize:
         raise JournalError(f"the disk gave {len(data)} bytes at {offset}, not {count * kind.itemsize}")
     return np.frombuffer(data, kind)
+
+
+def written_under(read: Callable[[int, int], bytes], disk_bytes: int) -> list[tuple[int, int, int]]:
+    """What the disk itself tells of who wrote when: (first entry, last entry, generation), in the order of the entries.
+
+    Of all sectors that are whole, so of more than a recovery takes; neighbours of one generation are one.
+    """
+    sectors = _ring_sectors(disk_bytes)
+    found = []
+    for start in range(0, sectors, _MAX_READ_SECTORS):
+        blocks = _blocks(read, _offset(start, sectors), min(_MAX_READ_SECTORS, sectors - start), _SECTOR)
+        for block in blocks[_are_whole(blocks)]:
+            last = int(block["last"])
+            found.append(((last - 1) // SECTOR_RECORDS * SECTOR_RECORDS + 1, last, int(block["generation"])))
+    spans: list[tuple[int, int, int]] = []
+    for first, last, generation in sorted(found):
+        if spans and spans[-1][2] == generation:
+            first = spans.pop()[0]
+        spans.append((first, last, generation))
+    return spans
