@@ -9,7 +9,7 @@
 
 Restarting is cold: RAM is lost, the disk is not. The journal on it is replayed (hosts/journal.py).
 
-What to look for in capture.pcapng:
+What to look for in pcap/nas.pcapng:
 
     nfs.procedure_v3 == 7 and ip.src == 10.0.99.11      esx1's writes and pulses, until it dies
     nfs.procedure_v3 == 15                              LINK: esx2 takes the next generation, a lease later
@@ -88,10 +88,8 @@ def run(run: Run) -> Findings:
         "isolation": _act(events, seen.arrived_ns, vm, isolated_ns),
     }
     for name, act in acts.items():
-        report.say(
-            f"{name}: restarted after {act.restarted_ms / 1000:.1f} s, first answer after {act.answered_ms / 1000:.1f} s,"
-            f" {act.replayed} of {act.entries} transactions replayed from the disk"
-        )
+        times = f"restarted after {act.restarted_ms / 1000:.1f} s, first answer after {act.answered_ms / 1000:.1f} s"
+        report.say(f"{name}: {times}, {act.replayed} of {act.entries} transactions replayed from the disk")
     refused = find(events, "disk.refused", vm=vm)
     checks = ledger_checks(seen) | {
         "restarted_in_time": all(act.restarted_ms <= WITHIN_S * 1000 for act in acts.values()),

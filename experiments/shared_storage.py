@@ -7,16 +7,16 @@
          \\              /
           nas  /datastore1/vm1/         vm1.vmx  vm1.vmdk  vm1-flat.vmdk  vm1.nvram  .lck-vm1.<generation>  vmware.log
 
-What to look for in capture.pcapng:
+What to look for in pcap/nas.pcapng:
 
-    nfs.procedure_v3 == 15                      LINK: a host takes a generation; NFS3ERR_EXIST: another was faster
-    nfs.procedure_v3 == 2 and nfs.sattr3.uid... SETATTR: the fence; the disk is given to the generation's user
-    nfs.procedure_v3 == 7                       WRITE: the journal's group commits, and the owner's pulse
-    nfs.status != 0                             what the server has refused
+    nfs.procedure_v3 == 15     LINK: a host takes a generation
+    nfs.procedure_v3 == 2      SETATTR: the fence, the disk is given to the generation's user; or a new file's size
+    nfs.procedure_v3 == 7      WRITE: the journal's group commits, and the owner's pulse
+    nfs.status != 0            what the server has refused
 """
 
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from experiments import report
 from experiments.capture import fields
@@ -61,7 +61,7 @@ def run(run: Run) -> Findings:
     capture.merge(run.folder / "capture.pcapng")
     events = read_events(run.events_file)
     overlap = overlap_ms(tenures(events, vm))
-    calls = _calls(run.folder / "capture.pcapng")
+    calls = _calls(run.pcap / f"{testbed.nas.plan.name}.pcapng") if testbed.nas else {}
     report.say("NFS calls: " + ", ".join(f"{count} {name}" for name, count in calls.items()))
     checks = ledger_checks(seen) | {
         "second_power_on_refused": "is running on" in refusal and first in refusal,
@@ -69,7 +69,7 @@ def run(run: Run) -> Findings:
         "no_swap_file_when_off": not any(".vswp" in line for line in files_off),
         "nothing_replayed_after_an_orderly_end": booted["replayed"] == 0 and booted["entries"] > 0,
         "never_on_two_hosts": overlap == 0,
-        "nfs_in_the_captures": run.options.datastore != "nfs" or (calls["LINK"] > 0 and calls["WRITE"] > 0),
+        "nfs_in_the_captures": not testbed.nas or (calls["LINK"] > 0 and calls["WRITE"] > 0),
     }
     return Findings(
         checks,
@@ -105,13 +105,9 @@ def listing(folder: Path) -> list[str]:
 
 
 def _calls(pcap: Path) -> dict[str, int]:
-    """NFS calls in a capture, by procedure; each is seen at both ends of its link."""
-    rows: list[Any] = fields(pcap, "nfs and rpc.msgtyp == 0", "nfs.procedure_v3", "frame.interface_name")
-    found = dict.fromkeys(_PROCEDURES.values(), 0)
-    for procedure, interface in rows:
-        if procedure in _PROCEDURES and interface.startswith("nas-"):
-            found[_PROCEDURES[procedure]] += 1
-    return found
+    """The NFS calls in the capture of the NAS, by procedure."""
+    seen = Counter(procedure for (procedure,) in fields(pcap, "nfs and rpc.msgtyp == 0", "nfs.procedure_v3"))
+    return {name: seen[number] for number, name in _PROCEDURES.items()}
 
 
 if __name__ == "__main__":

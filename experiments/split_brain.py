@@ -31,7 +31,7 @@ from topologies.errors import TestbedError
 from topologies.events import find, read_events
 
 _STOPPED_S = 2.0  # at a breakpoint that an isolated host cannot be told to leave
-_CUT_S = LEASE_S + 3.0  # long enough for a lease to run out, and for HA to act
+_CUT_S = LEASE_S + 8.0  # long enough for a peer to be given up, for a lease to run out, and for HA to act
 _WITHIN_S = 60.0
 
 

@@ -36,6 +36,7 @@ _ROOT = Path(__file__).parent.parent
 _CONTROLLER_PORT = 6653
 # Enough of a frame for every header and a small request; the RAM itself need not be kept.
 HEADERS_BYTES = 192
+_STORAGE_BYTES = 640  # of NFS, whose handles are long: all but the contents of large reads and writes
 _UP_WITHIN_S = 20.0
 _GUESTS = PRIVATE / "guests"  # each host's guests listen here: a short path, for a socket's name has 108 bytes
 _DOWN_WITHIN_S = 15.0
@@ -91,11 +92,14 @@ class Testbed:
         names += [self.nas.plan.name] if self.nas else []
         for name in [*names, plan.switch]:
             links = [intf.name for intf in self.net[name].intfList() if intf.link]
-            interfaces = [(link, HEADERS_BYTES) for link in links]
+            interfaces = [(link, _STORAGE_BYTES if self._is_storage(link) else HEADERS_BYTES) for link in links]
             if name == plan.switch:
                 interfaces.append(("lo", WHOLE_FRAMES))
             nodes.append(CaptureNode(name, Popen if name == plan.switch else self.popen(name), tuple(interfaces)))
         return Capture(self.run.pcap, nodes)
+
+    def _is_storage(self, link: str) -> bool:
+        return link.endswith("-vmnic2") or (self.nas is not None and link.startswith(f"{self.nas.plan.name}-"))
 
     def agent_memory_bytes(self) -> dict[str, int]:
         """Each agent's memory beside the guests' RAM, of those that answer."""

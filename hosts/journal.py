@@ -117,7 +117,7 @@ class Journal:
         ledger = self._ledger
         durable, covered, entries = ledger.durable, ledger.covered, ledger.entries
         if ledger.checkpoint < ledger.boot or durable - covered >= self._sectors * SECTOR_RECORDS // 2:
-            return self._checkpoint(generation)
+            return self.checkpoint(generation)
         if durable == entries:
             return None
         first = durable // SECTOR_RECORDS
@@ -145,8 +145,8 @@ class Journal:
         else:
             self._ledger.durable = write.entries
 
-    def _checkpoint(self, generation: int) -> Write:
-        """Of what is durable, not of all that was applied: so each entry that it covers has its record on the disk."""
+    def checkpoint(self, generation: int) -> Write:
+        """One of what is durable, not of all that was applied: so each entry that it covers has its record on the disk."""
         ledger = self._ledger
         serial = ledger.checkpoint + 1
         clients, accounts = ledger.as_of(ledger.durable)

@@ -272,11 +272,14 @@ class LightGuest:
         return recovered
 
     def _flush(self) -> None:
-        """A shut-down: all is on the disk."""
+        """A shut-down: all is on the disk, and the next power-on has nothing to replay."""
         self._commit()
         while self.writing is not None:
             self._note_written()
             self._commit()
+        last = self.writing = self.journal.checkpoint(self.page.generation)
+        self.disk.write(last.offset, last.data)
+        self._note_written()
 
     def _suspend(self) -> DeviceState:
         """Between two steps of the loop nothing is half done: all state is in RAM and in the sockets."""
