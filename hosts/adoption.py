@@ -66,6 +66,8 @@ def settle(machine: Machine, state: str) -> bool:
         newest = site.datastore.newest(vm)
         if newest is None:  # whoever runs has a claim: this is not the datastore on which it was made
             raise DatastoreError(f"VM {vm} is here, and its datastore has never heard of it; is it mounted?")
+        if newest.generation < machine.generation:
+            raise DatastoreError(f"VM {vm}: generation {machine.generation} is gone from its datastore")
         match fate(newest, site.host.name, state):
             case Fate.DISCARDED:
                 machine.dismantle()

@@ -64,7 +64,7 @@ _SEAL, _HEADER = struct.Struct("!4sI"), struct.Struct("!QQQ")
 _RECORDS_BYTES = SECTOR_RECORDS * RECORD.itemsize
 _SLOTS_AT = SECTOR_BYTES
 _RING_AT = _SLOTS_AT + 2 * _CHECKPOINT.itemsize
-_MAX_WRITE_SECTORS = 64 * 1024 // SECTOR_BYTES  # what NFS servers take in one piece, all of them
+_MAX_WRITE_SECTORS = 64 * 1024 // SECTOR_BYTES  # in a longer one the first records would wait for the last
 _MAX_READ_SECTORS = 2**20 // SECTOR_BYTES
 MIN_DISK_BYTES = _RING_AT + 8 * SECTOR_BYTES  # with half of a smaller ring filled, there may be no sector to go on in
 
@@ -146,7 +146,7 @@ class Journal:
             self._ledger.durable = write.entries
 
     def checkpoint(self, generation: int) -> Write:
-        """One of what is durable, not of all that was applied: so each entry that it covers has its record on the disk."""
+        """Of what is durable, not of all that was applied: so each entry that it covers has its record on the disk."""
         ledger = self._ledger
         serial = ledger.checkpoint + 1
         clients, accounts = ledger.as_of(ledger.durable)

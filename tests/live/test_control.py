@@ -7,7 +7,6 @@ import ssl
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -222,25 +221,24 @@ def test_an_oversized_line_is_refused_and_no_part_of_it_is_taken_for_an_order(te
 
 
 def test_a_second_power_on_is_refused_on_either_host_and_says_who_has_the_vm(testbed: Testbed) -> None:
-    spec = testbed.run.plan.vm("vm1")
     generation = testbed.vcenter.status()[here(testbed)]["vms"]["vm1"]["generation"]
     for host in HOSTS:
         with closing(agent(testbed, host)) as client:
             message = rf"host {host}: VM vm1 is running on {here(testbed)} \(generation {generation}\)"
             with pytest.raises(ControlError, match=message):
-                client.call(control.PowerOn(spec, "rarp", SCHEDULE_MS))
+                client.call(control.PowerOn("vm1", "rarp", SCHEDULE_MS))
 
 
 def test_a_migration_to_where_the_vm_is_is_refused(testbed: Testbed) -> None:
     with pytest.raises(UsageError, match=f"VM vm1 is on {here(testbed)} already; name another host"):
         testbed.vcenter.migrate("vm1", here(testbed))
     with closing(agent(testbed, here(testbed))) as client, pytest.raises(ControlError, match="VM vm1 is here already"):
-        client.call(control.Prepare(testbed.run.plan.vm("vm1"), "m", "rarp", SCHEDULE_MS))
+        client.call(control.Prepare("vm1", "m", "rarp", SCHEDULE_MS))
 
 
 def test_a_migration_of_or_to_an_unknown_one_is_refused_and_never_begins(testbed: Testbed) -> None:
     begun = len(events(testbed, "migration.begin"))
-    with pytest.raises(UsageError, match="the plan has no VM 'vm7'; it has vm1"):
+    with pytest.raises(UsageError, match="VM vm7 is not powered on"):
         testbed.vcenter.migrate("vm7", "esx2")
     with pytest.raises(UsageError, match="the plan has no host 'esx9'; it has esx1, esx2"):
         testbed.vcenter.migrate("vm1", "esx9")
@@ -248,13 +246,16 @@ def test_a_migration_of_or_to_an_unknown_one_is_refused_and_never_begins(testbed
 
 
 def test_an_agent_refuses_what_is_not_there(testbed: Testbed) -> None:
-    unknown = VM("vm7", "esx1", "10.0.0.17/24", "00:50:56:00:00:07", ram=64 * 2**20, working_set=2**20)
     orders = {
         "VM vm7 is not on esx1": (
             control.PowerOff("vm7"),
             control.Migrate("vm7", "m", "50.50.50.2", protocol.PORT, "token", Policy()),
         ),
-        "VM vm7 is not running anywhere": (control.Prepare(unknown, "m", "rarp", SCHEDULE_MS),),
+        "VM vm7: its files on nfs://10.0.99.3/datastore1": (
+            control.Prepare("vm7", "m", "rarp", SCHEDULE_MS),
+            control.PowerOn("vm7", "rarp", SCHEDULE_MS),
+            control.Register("vm7"),
+        ),
         "no migration 'm' leaves from here": (control.Cancel("m"),),
     }
     with closing(agent(testbed, "esx1")) as client:
@@ -268,9 +269,13 @@ def test_an_agent_refuses_what_is_not_there(testbed: Testbed) -> None:
 def test_a_power_on_that_fails_can_be_tried_again(testbed: Testbed) -> None:
     vm = VM("vm8", "esx1", "10.0.0.18/24", "00:50:56:00:00:08", ram=2**24, working_set=2**20, dirty_rate=0)
     with closing(agent(testbed, "esx1")) as client:
-        with pytest.raises(ControlError, match="VM vm8"):
-            client.call(control.PowerOn(replace(vm, ram=2**18), "none", SCHEDULE_MS))  # no room for the ledger
-        client.call(control.PowerOn(vm, "none", SCHEDULE_MS))
+        client.call(control.Create(vm))
+        nvram = testbed.datastore / "vm8/vm8.nvram"
+        nvram.write_text("{")
+        with pytest.raises(ControlError, match="VM vm8: Boot: the nvram is not one of this machine's"):
+            client.call(control.PowerOn("vm8", "none", SCHEDULE_MS))
+        nvram.unlink()
+        client.call(control.PowerOn("vm8", "none", SCHEDULE_MS))
         client.call(control.PowerOff("vm8"))
 
 
@@ -345,7 +350,7 @@ def test_strangers_at_the_vmotion_port_are_refused_and_disturb_no_migration(test
 def test_a_stranger_without_the_token_does_not_get_in_before_the_source(testbed: Testbed) -> None:
     source, destination = here(testbed), elsewhere(testbed)
     with closing(agent(testbed, destination)) as at_destination, closing(agent(testbed, source)) as at_source:
-        order = control.Prepare(testbed.run.plan.vm("vm1"), "m", "rarp", SCHEDULE_MS)
+        order = control.Prepare("vm1", "m", "rarp", SCHEDULE_MS)
         ready = at_destination.call(order)
         for token in ("0" * 32, "", ready["token"][:-1], "\N{SNOWMAN}" * 32):
             assert refused(Stranger(testbed, destination).says(hello("m", token)).hears())
@@ -375,16 +380,15 @@ def test_a_cancelled_migration_leaves_the_vm_where_it_is_and_a_retry_succeeds_at
 
 def test_during_a_migration_no_other_order_touches_the_vm(testbed: Testbed) -> None:
     source, destination = here(testbed), elsewhere(testbed)
-    spec = testbed.run.plan.vm("vm1")
 
     def interfere() -> None:
         with closing(agent(testbed, source)) as at_source, closing(agent(testbed, destination)) as at_destination:
             with pytest.raises(ControlError, match=f"VM vm1 is busy on {source}"):
                 at_source.call(control.PowerOff("vm1"))
             with pytest.raises(ControlError, match=f"VM vm1 is busy on {destination}"):
-                at_destination.call(control.Prepare(spec, "another", "rarp", SCHEDULE_MS))
+                at_destination.call(control.Prepare("vm1", "another", "rarp", SCHEDULE_MS))
             with pytest.raises(ControlError, match=f"VM vm1 is busy on {destination}"):
-                at_destination.call(control.PowerOn(spec, "rarp", SCHEDULE_MS))
+                at_destination.call(control.PowerOn("vm1", "rarp", SCHEDULE_MS))
 
     assert migrate_while(testbed, interfere).outcome.digests_equal
 

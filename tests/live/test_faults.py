@@ -25,7 +25,7 @@ def testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
 
 def test_a_preparation_that_nobody_comes_for_is_given_up_and_the_vm_can_move(testbed: Testbed) -> None:
     there = elsewhere(testbed)
-    order = control.Prepare(testbed.run.plan.vm("vm1"), "vm1-0badcafe", "rarp", SCHEDULE_MS)
+    order = control.Prepare("vm1", "vm1-0badcafe", "rarp", SCHEDULE_MS)
     testbed.vcenter._call(there, order)
     assert testbed.vcenter.status()[there]["migrations"]
     deadline = time.monotonic() + 20 * PEER_TIMEOUT_S

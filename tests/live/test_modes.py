@@ -530,7 +530,7 @@ def test_with_the_token_alone_nobody_gets_into_a_migration(testbed: Testbed, for
         return AgentClient(host, plan.host(host).management, PRIVATE)
 
     with closing(agent(destination)) as at_destination, closing(agent(source)) as at_source:
-        ready = at_destination.call(control.Prepare(plan.vm("vm1"), "m", "rarp", SCHEDULE_MS, encrypt))
+        ready = at_destination.call(control.Prepare("vm1", "m", "rarp", SCHEDULE_MS, encrypt))
         for certificates, name in wrong:
             for opening in (hello("m", ready["token"]), join("m", ready["token"])):
                 assert Caller(testbed, destination, certificates, name).is_refused(opening)
