@@ -205,8 +205,8 @@ def _let_it_work(task: Task[Any], case: Case) -> None:
     """Until what was injured can be healed: most migrations end by themselves."""
     if case.injury == "freeze-peer":
         time.sleep(3 * PEER_TIMEOUT_S)  # a send that was taken in part is given its time once more
-    elif case.injury == "datastore-away-for-a-while":
-        time.sleep(PEER_TIMEOUT_S)
+    elif case.injury in ("datastore-unreachable", "datastore-away-for-a-while"):
+        time.sleep(2 * PEER_TIMEOUT_S)  # each has lost the other by then
     elif not case.unsure:
         task.over.wait(_OVER_WITHIN_S)
 

@@ -83,6 +83,8 @@ class Agent:
         match request:
             case control.Create():
                 return self._create(request)
+            case control.Delete():
+                return self._delete(request)
             case control.Register():
                 return self._described(request.vm)
             case control.PowerOn():
@@ -116,6 +118,14 @@ class Agent:
         check_vm(vm, self.site.host)
         with self._reserved(vm.name), self._storage(vm.name):
             self.site.folder_of(vm.name).create(vm)
+        return {}
+
+    def _delete(self, request: control.Delete) -> dict[str, Any]:
+        with self._reserved(request.vm), self._storage(request.vm):
+            newest = self.site.datastore.newest(request.vm)
+            if request.vm in self.machines or (newest is not None and newest.running):
+                raise AgentError(f"VM {request.vm} is not off; power it off first")
+            self.site.folder_of(request.vm).delete()
         return {}
 
     def _described(self, vm: str) -> VM:

@@ -47,6 +47,12 @@ class Create(Request, frozen=True):
     vm: VM
 
 
+class Delete(Request, frozen=True):
+    """Remove all files of a VM that is off."""
+
+    vm: str
+
+
 class Register(Request, frozen=True):
     """Replies the VM of these files, if this host could run it."""
 
@@ -153,6 +159,7 @@ class Refusal(msgspec.Struct, tag=True, frozen=True):
 
 _requests = msgspec.json.Decoder(
     Create
+    | Delete
     | Register
     | PowerOn
     | Restart

@@ -25,6 +25,16 @@ class VmFolder:
         self._write_once(vm_files.descriptor_path(vm.name), vm_files.to_descriptor(vm.name, vm.disk).encode())
         self._write_once(vm_files.vmx_path(vm.name), vm_files.to_vmx(vm).encode())
 
+    def delete(self) -> None:
+        """All of it: the configuration first, so that nobody powers it on meanwhile, the lock files last."""
+
+        def order(name: str) -> tuple[bool, bool]:
+            return not name.endswith(".vmx"), name.startswith(".lck-")
+
+        for name in sorted(self._store.names(f"/{self.vm}"), key=order):
+            self._store.unlink(f"/{self.vm}/{name}")
+        self._store.rmdir(f"/{self.vm}")
+
     def read(self, host: str) -> VM:
         """The VM of these files, to be run on `host`."""
         disk = vm_files.disk_bytes(self._text(vm_files.descriptor_path(self.vm)), self.vm, f"{self.vm}.vmdk")

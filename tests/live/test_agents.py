@@ -13,7 +13,9 @@ from testbeds import HOSTS, answers, elsewhere, events, here, slow_cable, small_
 from experiments.probes import Probes
 from experiments.testbed import Testbed, guest_pids
 from hosts.control import ControlError
+from hosts.datastore import lock_path
 from hosts.policy import Policy
+from hosts.store import open_store
 from hosts.tasks import Task
 from hosts.vcenter import MigrationFailed, Result
 
@@ -126,13 +128,14 @@ def test_a_vm_whose_guest_has_died_without_its_agent_can_be_powered_on_again(tes
 
 def test_without_its_lock_file_a_vm_is_left_as_it_is_until_there_is_one_again(testbed: Testbed) -> None:
     host, before = here(testbed), vm(testbed)
-    lock = testbed.run.folder / "datastore/vm1" / f".lck-vm1.{before['generation']}"
+    lock, store = lock_path("vm1", before["generation"]), open_store(testbed.where)
     testbed.kill_agent(host)
-    lock.rename(f"{lock}.away")
+    store.rename(lock, f"{lock}.away")
     testbed.restart_agent(host)
     assert found(testbed) == {}
     assert guest_pids() == {before["pid"]}
-    lock.with_name(f"{lock.name}.away").rename(lock)
+    store.rename(f"{lock}.away", lock)
+    store.close()
     with pytest.raises(ControlError, match=f"VM vm1 is running on {host}"):
         testbed.vcenter.power_on("vm1")
     eventually(lambda: found(testbed) == {host: "running"}, "a lease again")
