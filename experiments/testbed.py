@@ -26,6 +26,7 @@ from experiments.world import PRIVATE, open_vswitch, widen_port_buffers
 from hosts.control import MANAGER, issue_certificates
 from hosts.processes import end_behind
 from hosts.vcenter import VCenter
+from hosts.vmx import SUFFIX
 from topologies.errors import TestbedError, UsageError
 from topologies.events import find, read_events
 from topologies.plan import Nas as NasPlan
@@ -220,6 +221,11 @@ class Testbed:
         """An agent ends its VMs, but one that was killed and not restarted has left them."""
         for host in self.run.plan.hosts:
             self.end_vms(host.name)
+
+    def kill_vmx(self, host: str, vm: str) -> None:
+        """kill -9 of a VM's vmx, and by that of the VM."""
+        end_behind(_GUESTS / host / f"{vm}{SUFFIX}")
+        self.run.events.emit("vmx.killed", host=host, vm=vm)
 
     def end_vms(self, host: str) -> None:
         """kill -9 of everything that is a VM on a host."""
