@@ -35,6 +35,7 @@ from topologies.errors import TestbedError
 # arguments have another order (LIBNFS_API_V2), which .15, never released, may have already.
 _SONAMES = ("libnfs.so.14", "libnfs.so.13")
 _CHANGED = ("libnfs.so.15", "libnfs.so.16", "libnfs.so.17")
+_REMEDY = "install the package libnfs14 or libnfs13, whichever there is, or use --datastore local"
 _NO_RECONNECTING = 0
 _TRY_AGAIN_S = 0.05
 _CHUNK_BYTES = 1 << 20  # the most that a server takes in one call, as ganesha's default is
@@ -113,25 +114,24 @@ _PROTOTYPES: dict[str, tuple[Any, Sequence[Any]]] = {
 }
 
 
+_load = ctypes.CDLL
+
+
 @functools.cache
 def library() -> Any:
-    """libnfs; NfsMissing without it."""
-    for soname in _SONAMES:
+    """libnfs; NfsMissing without one that has the functions as they are called here."""
+    for soname in (*_SONAMES, *_CHANGED):
         try:
-            library = ctypes.CDLL(soname)
+            library = _load(soname)
         except OSError:
             continue
+        if soname in _CHANGED:
+            raise NfsMissing(f"{soname} is newer than what is known here; {_REMEDY}")
         for name, (result, arguments) in _PROTOTYPES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         return library
-    for soname in _CHANGED:
-        try:
-            ctypes.CDLL(soname)
-        except OSError:
-            continue
-        raise NfsMissing(f"{soname} is newer than what is known here; install one of {', '.join(_SONAMES)}")
-    raise NfsMissing(f"there is no libnfs here; install {' or '.join(_SONAMES)} (libnfs14, libnfs13)")
+    raise NfsMissing(f"there is no libnfs here; {_REMEDY}")
 
 
 # Makes of a call's status (0 or a count) and the address of its result what the caller gets
@@ -239,11 +239,11 @@ class Mount:
                 self._disconnect()
             if not self._context:
                 self._connect(deadline)
-            return self._exchange(deadline, name, arguments, take)
+            # NFS3ERR_JUKEBOX: not done yet, ask again (RFC 1813); ganesha 6 says it of a folder in which much happens
+            return self._persist(deadline, BlockingIOError, lambda: self._exchange(deadline, name, arguments, take))
 
     def _connect(self, deadline: float) -> None:
-        """Again and again: a server that comes back may not be there at once."""
-        while True:
+        def connect() -> None:
             self._context = self._nfs.nfs_init_context()
             self._nfs.nfs_set_version(self._context, 3)
             self._nfs.nfs_set_uid(self._context, self.uid)
@@ -252,13 +252,21 @@ class Mount:
             self._nfs.nfs_set_autoreconnect(self._context, _NO_RECONNECTING)
             try:
                 self._exchange(deadline, "mount", (self._ip.encode(), self._export.encode()), _status)
-            except OSError as error:
+            except OSError:
                 self._disconnect()
+                raise
+
+        self._persist(deadline, OSError, connect)  # a server that comes back may not be there at once
+
+    def _persist(self, deadline: float, not_yet: type[OSError], attempt: Callable[[], Any]) -> Any:
+        """What the attempt returns that is the first to raise no such error; NasSilent if none does."""
+        while True:
+            try:
+                return attempt()
+            except not_yet as error:
                 if time.monotonic() + _TRY_AGAIN_S > deadline:
                     raise NasSilent(errno.ETIMEDOUT, error.strerror) from error
-                time.sleep(_TRY_AGAIN_S)
-            else:
-                return
+            time.sleep(_TRY_AGAIN_S)
 
     def _disconnect(self) -> None:
         if self._context:
