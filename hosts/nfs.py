@@ -35,7 +35,6 @@ from topologies.errors import TestbedError
 # arguments have another order (LIBNFS_API_V2), which .15, never released, may have already.
 _SONAMES = ("libnfs.so.14", "libnfs.so.13")
 _CHANGED = ("libnfs.so.15", "libnfs.so.16", "libnfs.so.17")
-_REMEDY = "install the package libnfs14 or libnfs13, whichever there is, or use --datastore local"
 _NO_RECONNECTING = 0
 _TRY_AGAIN_S = 0.05
 _CHUNK_BYTES = 1 << 20  # the most that a server takes in one call, as ganesha's default is
@@ -120,18 +119,19 @@ _load = ctypes.CDLL
 @functools.cache
 def library() -> Any:
     """libnfs; NfsMissing without one that has the functions as they are called here."""
+    known = " or ".join(_SONAMES)
     for soname in (*_SONAMES, *_CHANGED):
         try:
             library = _load(soname)
         except OSError:
             continue
         if soname in _CHANGED:
-            raise NfsMissing(f"{soname} is newer than what is known here; {_REMEDY}")
+            raise NfsMissing(f"{soname} is newer than what is known here, {known}; use --datastore local")
         for name, (result, arguments) in _PROTOTYPES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         return library
-    raise NfsMissing(f"there is no libnfs here; {_REMEDY}")
+    raise NfsMissing(f"there is no {known} here; apt-get install libnfs-utils brings it, or use --datastore local")
 
 
 # Makes of a call's status (0 or a count) and the address of its result what the caller gets
