@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.laboratory import Laboratory, laboratory
-from experiments.preflight import check_machine
+from experiments.preflight import check_machine, check_nfs
 from experiments.world import run_inside
 from hosts.policy import Policy
 from hosts.ram import PAGE
@@ -354,6 +354,7 @@ def main(only: Sequence[str], list_groups: bool, json_file: Path | None, samples
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"--json {json_file}: there is no folder {json_file.parent}")
     check_machine(read_plan())
+    check_nfs()
     names = list(only) or known
     rows: list[Row] = []
     if "demo" in names:  # in worlds of their own; this process can enter one only once, and then stays there

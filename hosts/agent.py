@@ -33,7 +33,7 @@ from hosts.guest import GuestEnded
 from hosts.machine import Machine, Site
 from hosts.protocol import Hello, Join
 from hosts.source import Outcome, OutgoingMigration
-from hosts.store import Store, open_store
+from hosts.store import open_store
 from hosts.stream import PEER_TIMEOUT_S, Stream, StreamLost
 from hosts.vm_log import VmLog
 from hosts.vmotion_port import VmotionPort
@@ -50,7 +50,6 @@ _TIMEOUTS_UNTIL_GIVEN_UP = 10
 # A round makes objects by the thousand and no cycles: the collector need not look so often (the default is 700, 10,
 # 10). Netlink's messages are cycles, some hundred objects in each migration.
 _COLLECT = (10_000, 10, 10)
-_MOUNTED_WITHIN_S = 15.0
 _LOOK_AFTER_S = 0.5
 
 
@@ -505,18 +504,6 @@ def memory_bytes(pid: int | str = "self") -> int:
     return sum(int(values[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile"))
 
 
-def _mounted(where: str) -> Store:
-    """A NAS may come up together with its hosts."""
-    deadline = time.monotonic() + _MOUNTED_WITHIN_S
-    while True:
-        try:
-            return open_store(where)
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise AgentError(f"the datastore {where} cannot be mounted: {error}") from error
-            time.sleep(0.2)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m hosts.agent", description="The agent of one host.")
     for option in ("--plan", "--host", "--certificates", "--datastore", "--guests", "--events", "--logs"):
@@ -528,7 +515,7 @@ def main() -> int:
     site = Site(
         host=host,
         where=options.datastore,
-        datastore=Datastore(_mounted(options.datastore)),
+        datastore=Datastore(open_store(options.datastore)),
         vm_log=VmLog(options.datastore, host.name, lambda line: print(line, file=sys.stderr, flush=True)),
         events=EventLog(options.events, host.name),
         logs=Path(options.logs),
