@@ -40,7 +40,7 @@ def end_behind(home: Path) -> bool:
                 has_ended(pidfd, None)
             finally:
                 os.close(pidfd)
-    except (ConnectionRefusedError, ProcessLookupError):
+    except (FileNotFoundError, ConnectionRefusedError, ProcessLookupError):
         return False
     finally:
         home.unlink(missing_ok=True)
