@@ -26,9 +26,9 @@ _WAIT_US = 30
 class Life(msgspec.Struct, frozen=True):
     """Counters of a machine, as a disk's power-on hours are."""
 
-    boots: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
-    pages_written: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
-    datagrams_echoed: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
+    boots: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    pages_written: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    datagrams_echoed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
 
 
 def _life(nvram: bytes) -> Life:

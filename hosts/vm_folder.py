@@ -4,7 +4,7 @@ import contextlib
 import os
 
 from hosts import vm_files
-from hosts.store import Store
+from hosts.store import Store, StoreFile
 from hosts.vm_files import MAX_TEXT_BYTES, VmFileError
 from topologies.plan import VM
 
@@ -57,12 +57,7 @@ class VmFolder:
             return b""
 
     def save_nvram(self, content: bytes) -> None:
-        """As a whole, or not at all."""
-        path = vm_files.nvram_path(self.vm)
-        with contextlib.suppress(FileNotFoundError):
-            self._store.unlink(f"{path}.new")
-        self._store.write_new(f"{path}.new", content)
-        self._store.rename(f"{path}.new", path)
+        self._replace(vm_files.nvram_path(self.vm), content)
 
     # ------------------------------------------------------------ swap
 
@@ -80,19 +75,34 @@ class VmFolder:
     # ------------------------------------------------------------ parts
 
     def _make_disk(self, vm: VM) -> None:
+        path = vm_files.disk_path(vm.name)
         with contextlib.suppress(FileExistsError):
-            self._sparse(vm_files.disk_path(vm.name), vm.disk, _WORLD_READABLE)
+            self._sparse(path, vm.disk, _WORLD_READABLE)
+        if not self._store.attributes(path).size:  # of one who was broken off
+            self._stretch(self._store.open(path), vm.disk)
 
     def _sparse(self, path: str, size_bytes: int, mode: int) -> None:
-        file = self._store.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+        self._stretch(self._store.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode), size_bytes)
+
+    @staticmethod
+    def _stretch(file: StoreFile, size_bytes: int) -> None:
         try:
             file.truncate(size_bytes)
         finally:
             file.close()
 
     def _write_once(self, path: str, content: bytes) -> None:
-        with contextlib.suppress(FileExistsError):
-            self._store.write_new(path, content)
+        try:
+            self._store.attributes(path)
+        except FileNotFoundError:
+            self._replace(path, content)
+
+    def _replace(self, path: str, content: bytes) -> None:
+        """As a whole, or not at all."""
+        with contextlib.suppress(FileNotFoundError):
+            self._store.unlink(f"{path}.new")
+        self._store.write_new(f"{path}.new", content)
+        self._store.rename(f"{path}.new", path)
 
     def _text(self, path: str) -> str:
         content = self._store.read(path, MAX_TEXT_BYTES + 1)

@@ -82,5 +82,5 @@ def _rotate(store: Store, vm: str) -> None:
         return
     old = sorted(int(match[1]) for name in names if (match := _OLD.fullmatch(name)))
     store.rename(f"/{vm}/vmware.log", f"/{vm}/vmware-{(old or [0])[-1] + 1}.log")
-    for number in old[: len(old) + 1 - _OLD_LOGS]:
+    for number in old[: max(0, len(old) + 1 - _OLD_LOGS)]:
         store.unlink(f"/{vm}/vmware-{number}.log")

@@ -1,16 +1,22 @@
 """Stand-ins for tests without a network: a switch that obeys flow-mods, and the frames to feed it; a machine whose
-guest writes when it is told to.
+guest writes when it is told to; a store whose server does not always answer, and a clock.
 """
 
+import errno
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from controller.openflow import DESTINATIONS, SOURCES, FlowMod
 from hosts.ram import DirtyBitmap, Ram, runs_of
+from hosts.store import Attributes, Folder, LocalFile, StoreSilent
+
+Result = TypeVar("Result")
 
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 
@@ -131,3 +137,90 @@ class ToldMachine:
     def emit(self, kind: str, **fields: object) -> int:
         self.events.append((kind, fields))
         return time.monotonic_ns()
+
+
+Mishap = Literal["lost", "unheard"] | OSError | Callable[[], object]
+
+
+class UnsureStore(Folder):
+    """A folder behind a network that fails: what happens to the next calls of a name is planned, the last for good.
+
+    "lost": it is not done, and there is no answer; "unheard": it is done, and there is none. An error is an answer.
+    A function is called first, whatever it does. Owners are only noted, so no test needs root.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.calls: list[str] = []
+        self.owners: dict[str, int] = {}
+        self.mishaps: dict[str, list[Mishap]] = {}
+        self.for_good: dict[str, Mishap] = {}
+
+    def link(self, path: str, new: str) -> None:
+        self.do("link", lambda: super(UnsureStore, self).link(path, new))
+
+    def names(self, path: str) -> list[str]:
+        return self.do("names", lambda: super(UnsureStore, self).names(path))
+
+    def read(self, path: str, limit: int) -> bytes:
+        return self.do("read", lambda: super(UnsureStore, self).read(path, limit))
+
+    def write_new(self, path: str, content: bytes, mode: int = 0o640) -> None:
+        self.do("write_new", lambda: super(UnsureStore, self).write_new(path, content, mode))
+
+    def rename(self, path: str, new: str) -> None:
+        self.do("rename", lambda: super(UnsureStore, self).rename(path, new))
+
+    def open(self, path: str, flags: int = os.O_RDWR, mode: int = 0o640) -> "UnsureFile":
+        return UnsureFile(self, self.do("open", lambda: super(UnsureStore, self).open(path, flags, mode)))
+
+    def chown(self, path: str, uid: int) -> None:
+        self.do("chown", lambda: self.owners.update({path: uid}))
+
+    def attributes(self, path: str) -> Attributes:
+        found = self.do("attributes", lambda: super(UnsureStore, self).attributes(path))
+        return found._replace(uid=self.owners.get(path, 0))
+
+    def do(self, name: str, call: Callable[[], Result]) -> Result:
+        self.calls.append(name)
+        planned = self.mishaps.get(name)
+        mishap = planned.pop(0) if planned else self.for_good.get(name)
+        if isinstance(mishap, OSError):
+            raise mishap
+        if callable(mishap):
+            mishap()
+        if mishap == "lost":
+            raise StoreSilent(errno.ETIMEDOUT, "no answer")
+        result = call()
+        if mishap == "unheard":
+            raise StoreSilent(errno.ETIMEDOUT, "no answer")
+        return result
+
+
+class UnsureFile(LocalFile):
+    """An open file of an UnsureStore."""
+
+    def __init__(self, store: UnsureStore, file: LocalFile) -> None:
+        super().__init__(file._descriptor)
+        self._store = store
+
+    def write(self, offset: int, content: bytes) -> None:
+        self._store.do("write", lambda: super(UnsureFile, self).write(offset, content))
+
+    def truncate(self, length: int) -> None:
+        self._store.do("truncate", lambda: super(UnsureFile, self).truncate(length))
+
+
+class Clock:
+    """Time passes only by sleeping; `meanwhile` happens in each sleep."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.meanwhile()

@@ -2,18 +2,20 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
+from stores import datastore_of
 
-from hosts.adoption import Fate, adopt, fate
+from hosts.adoption import Fate, adopt, fate, settle
 from hosts.channel import GuestState
-from hosts.datastore import Claim, DatastoreError, LocalDatastore
+from hosts.datastore import FORMAT, Claim, DatastoreError
 from hosts.machine import Machine
+from hosts.ownership import Lease
 
 
 def claim(host: str, running: bool = True) -> Claim:
-    return Claim("vm1", 7, host, running, "nonce")
+    return Claim(FORMAT, "vm1", 7, host, running, "nonce")
 
 
 @pytest.mark.parametrize("state", get_args(GuestState))
@@ -36,7 +38,7 @@ def test_a_guest_that_the_datastore_has_never_heard_of_is_left_as_it_is(
 ) -> None:
     """An unmounted datastore is an empty folder."""
     done: list[str] = []
-    site: Any = SimpleNamespace(datastore=LocalDatastore(tmp_path), host=SimpleNamespace(name="esx1"))
+    site: Any = SimpleNamespace(datastore=datastore_of(tmp_path), host=SimpleNamespace(name="esx1"))
 
     def found(*_: Any) -> Any:
         machine = SimpleNamespace(site=site, vm=SimpleNamespace(name="vm1"), guest=SimpleNamespace(state="running"))
@@ -47,3 +49,71 @@ def test_a_guest_that_the_datastore_has_never_heard_of_is_left_as_it_is(
     with pytest.raises(DatastoreError, match="VM vm1 is here, and its datastore has never heard of it"):
         adopt(site, tmp_path / "vm1")
     assert done == ["let go"]
+
+
+class Found:
+    """A machine that an agent finds, of a VM with these claims; `done` is what becomes of it."""
+
+    def __init__(self, folder: Path, *hosts: str) -> None:
+        self.datastore = datastore_of(folder, "vm1")
+        for generation, host in enumerate(hosts, 1):
+            assert self.datastore.claim("vm1", generation, host)
+        self.site = SimpleNamespace(datastore=self.datastore, host=SimpleNamespace(name="esx1"))
+        self.vm, self.generation = SimpleNamespace(name="vm1"), len(hosts)
+        self.done: list[str] = []
+        self.vmx = SimpleNamespace(go_on=lambda: self.done.append("go on"))
+        self.guest = SimpleNamespace(run=lambda: self.done.append("run"))
+        self.announcer = SimpleNamespace(start=lambda announced: self.done.append("announce"))
+
+    def own(self, lease: Lease) -> None:
+        self.done.append(f"own {lease.generation}")
+
+    def open_gate(self) -> None:
+        self.done.append("open gate")
+
+    def dismantle(self) -> None:
+        self.done.append("dismantle")
+
+    def emit(self, kind: str, **fields: object) -> None:
+        self.done.append(kind)
+
+
+def settled(found: Found, state: str) -> bool:
+    return settle(cast(Machine, found), state)
+
+
+def test_the_vmx_of_one_that_runs_is_told_to_go_on_and_nothing_is_claimed(tmp_path: Path) -> None:
+    found = Found(tmp_path, "esx1")
+    assert settled(found, "running")
+    assert found.done == ["go on", "vm.adopted"]
+    assert found.datastore.newest_generation("vm1") == 1
+
+
+@pytest.mark.parametrize("state", ["suspended", "restored"])
+def test_one_that_was_stopped_runs_under_a_generation_of_its_own(tmp_path: Path, state: str) -> None:
+    found = Found(tmp_path, "esx2", "esx1")
+    assert settled(found, state)
+    assert found.done == ["own 3", "open gate", "run", "vm.adopted", "announce"]
+    newest = found.datastore.newest("vm1")
+    assert newest is not None and (newest.generation, newest.host, newest.running) == (3, "esx1", True)
+
+
+@pytest.mark.parametrize("state", get_args(GuestState))
+def test_anothers_is_taken_apart_and_nothing_is_claimed(tmp_path: Path, state: str) -> None:
+    found = Found(tmp_path, "esx1", "esx2")
+    assert not settled(found, state)
+    assert found.done == ["dismantle", "vm.discarded"]
+    assert found.datastore.newest_generation("vm1") == 2
+
+
+def test_a_destination_that_claims_while_we_are_about_to_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Found(tmp_path, "esx1")
+    claim = found.datastore.claim
+
+    def another_is_faster(*order: Any) -> Any:
+        assert datastore_of(tmp_path).claim("vm1", 2, "esx2")
+        return claim(*order)
+
+    monkeypatch.setattr(found.datastore, "claim", another_is_faster)
+    assert not settled(found, "suspended")
+    assert found.done == ["dismantle", "vm.discarded"]

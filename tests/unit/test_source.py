@@ -6,16 +6,20 @@ from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from fakes import ToldBitmap, ToldGuest, ToldMachine
 from pairs import connection, memory
+from stores import datastore_of
 
-from hosts.datastore import LocalDatastore
+import hosts.source
+from hosts.datastore import OwnerUnknown
 from hosts.gate import VSwitchError
 from hosts.guest import GuestError
 from hosts.machine import Machine
+from hosts.ownership import Lease
 from hosts.policy import Policy
 from hosts.precopy import Cancelled
 from hosts.protocol import MAJOR, MINOR, Kind, Resumed, Session, Welcome
@@ -50,12 +54,14 @@ class Scene:
     """A migration of vm1 from esx1, generation 1, to a destination that claims nothing and says what it is told to."""
 
     def __init__(self, ram: Ram, folder: Path, caller: Stream) -> None:
-        self.guest, self.datastore = Guest(ram), LocalDatastore(folder)
+        self.guest, self.datastore = Guest(ram), datastore_of(folder, "vm1")
         assert self.datastore.claim("vm1", 1, "esx1")
-        gate = SimpleNamespace(shut=lambda: None, open=lambda: None)
         machine: Any = ToldMachine(self.guest)
         machine.vm, machine.generation, machine.owner_unknown = SimpleNamespace(name="vm1"), 1, False
-        machine.port, machine.announcer = gate, SimpleNamespace(silence=lambda: None)
+        machine.port, machine.announcer = SimpleNamespace(shut=lambda: None), SimpleNamespace(silence=lambda: None)
+        machine.hold, machine.open_gate = lambda: self.told("hold"), lambda: self.told("open gate")
+        machine.go_on = lambda: (self.told("go on"), self.guest.run())
+        machine.own = lambda lease: self.told(f"own {lease.generation}")
         machine.site = SimpleNamespace(host=SimpleNamespace(name="esx1"), datastore=self.datastore)
         self.migration = OutgoingMigration(
             cast(Machine, machine),
@@ -66,6 +72,9 @@ class Scene:
             lambda progress: None,
         )
         self.migration.hashes = Hashes(ram)
+
+    def told(self, word: str) -> None:
+        self.guest.calls.append(word)
 
     @property
     def owner(self) -> tuple[int, str]:
@@ -124,10 +133,16 @@ def say_resumed(stream: Stream) -> None:
     stream.send(Resumed(2, "digest"))
 
 
+def go_away(stream: Stream) -> None:
+    """Without a word."""
+    stream.close()
+    raise StreamLost("gone")
+
+
 def test_a_vm_whose_destination_says_so_has_left(tmp_path: Path) -> None:
     with scene(tmp_path, say_resumed) as moving:
         assert moving.migration.run("token").destination_digest == "digest"
-        assert moving.guest.calls == ["suspend"]
+        assert moving.guest.calls == ["hold", "suspend"]
 
 
 def test_a_cancel_between_the_last_look_and_the_hand_over_is_honoured(tmp_path: Path) -> None:
@@ -136,8 +151,70 @@ def test_a_cancel_between_the_last_look_and_the_hand_over_is_honoured(tmp_path: 
         with pytest.raises(MigrationFailed, match="VM vm1 runs again on esx1: cancelled") as failed:
             moving.migration.run("token")
         assert isinstance(failed.value.__cause__, Cancelled), "and not for want of an answer"
-        assert moving.guest.calls == ["suspend", "run"]
+        assert moving.guest.calls == ["hold", "suspend", "own 2", "open gate", "run"]
         assert moving.owner == (2, "esx1"), "the destination can never claim it"
+
+
+def test_a_vm_whose_destination_gives_up_goes_on_under_the_generation_that_it_had(tmp_path: Path) -> None:
+    with scene(tmp_path, lambda stream: stream.abort("RAM differs")) as moving:
+        with pytest.raises(MigrationFailed, match="VM vm1 runs again on esx1: RAM differs"):
+            moving.migration.run("token")
+        assert moving.guest.calls == ["hold", "suspend", "go on", "run"]
+        assert moving.owner == (1, "esx1")
+
+
+def test_a_vm_whose_vmx_had_to_claim_a_generation_meanwhile_is_not_handed_over(tmp_path: Path) -> None:
+    with scene(tmp_path, say_resumed) as moving:
+        moving.migration.machine.generation = 2  # type: ignore[misc]
+        with pytest.raises(MigrationFailed, match="VM vm1 runs again on esx1: its lease had lapsed meanwhile; try again"):
+            moving.migration.run("token")
+        assert moving.guest.calls == ["hold", "go on", "run"]
+        assert not moving.migration.left
+
+
+def test_a_source_that_cannot_learn_who_owns_the_vm_leaves_it_suspended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(*_: Any, **__: Any) -> None:
+        raise OwnerUnknown("no answer")
+
+    monkeypatch.setattr(hosts.source, "_ASK_FOR_S", 0.7)
+    with scene(tmp_path, go_away) as moving:
+        monkeypatch.setattr(moving.datastore, "claim", silent)
+        why = "VM vm1 stays suspended on esx1 until it is known who owns it: no answer"
+        with pytest.raises(MigrationFailed, match=why):
+            moving.migration.run("token")
+        assert moving.guest.calls == ["hold", "suspend"]
+        assert (moving.migration.machine.owner_unknown, moving.migration.left) == (True, False)
+
+
+def test_a_claim_that_was_ours_without_an_answer_brings_the_vm_back_without_a_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with scene(tmp_path, go_away) as moving:
+        claim, leases = moving.datastore.claim, []
+
+        def unheard(*order: Any, **patience: Any) -> Lease | None:
+            leases.append(claim(*order, **patience))
+            if len(leases) == 1:
+                raise OwnerUnknown("no answer")
+            return leases[-1]
+
+        monkeypatch.setattr(moving.datastore, "claim", unheard)
+        monkeypatch.setattr(moving.migration.machine, "own", owned := Mock())
+        with pytest.raises(MigrationFailed, match="VM vm1 runs again on esx1"):
+            moving.migration.run("token")
+        assert leases[1] is None, "a generation has one winner"
+        owned.assert_called_once_with(Lease.lapsed(2))
+        assert moving.guest.calls == ["hold", "suspend", "open gate", "run"]
+
+
+def test_a_vm_that_another_host_has_claimed_has_left_though_nobody_says_so(tmp_path: Path) -> None:
+    with scene(tmp_path, go_away) as moving:
+        assert datastore_of(tmp_path).claim("vm1", 2, "esx2")
+        moving.migration.run("token")
+        assert moving.migration.left
+        assert moving.guest.calls == ["hold", "suspend"]
 
 
 def test_a_guest_that_does_not_run_again_is_said_to_be_here(tmp_path: Path) -> None:
@@ -149,15 +226,15 @@ def test_a_guest_that_does_not_run_again_is_said_to_be_here(tmp_path: Path) -> N
         assert not moving.migration.left
 
 
-def test_a_vm_whose_port_cannot_be_opened_runs_all_the_same(tmp_path: Path) -> None:
+def test_a_vm_whose_port_cannot_be_opened_runs_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise VSwitchError("port vm1.eth0 stays dark")
 
-    with scene(tmp_path, lambda stream: stream.abort("RAM differs")) as moving:
-        moving.migration.machine.port = cast(Any, SimpleNamespace(shut=lambda: None, open=refuse))
-        with pytest.raises(MigrationFailed, match=r"RAM differs; but port vm1\.eth0 stays dark"):
+    with scene(tmp_path, go_away) as moving:
+        monkeypatch.setattr(moving.migration.machine, "open_gate", refuse)
+        with pytest.raises(MigrationFailed, match=r"VM vm1 stays on esx1: .*; but port vm1\.eth0 stays dark"):
             moving.migration.run("token")
-        assert moving.guest.calls == ["suspend", "run"]
+        assert moving.guest.calls == ["hold", "suspend", "own 2", "run"]
 
 
 def test_only_a_vm_that_another_host_runs_has_left(tmp_path: Path) -> None:
