@@ -1,7 +1,6 @@
 """The NAS and its clients: a real NFS server in its node, libnfs in a host's namespace."""
 
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -21,8 +20,6 @@ from topologies.errors import TestbedError
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[[str, str], "subprocess.Popen[str]"]
-MISSING = [program for program in ("ganesha.nfsd", "rpcbind") if shutil.which(program) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no NAS without {' and '.join(MISSING)} (apt-get install)")
 
 
 @pytest.fixture(scope="module")
