@@ -325,26 +325,36 @@ class Agent:
         """For ever: a VM whose guest has ended and that is another's is taken away; one that waits for word gets it."""
         while not self._closed.wait(_LOOK_AFTER_S):
             for vm, machine in list(self.machines.items()):
-                if machine.owner_unknown or not machine.is_alive:
-                    try:
+                try:
+                    if machine.owner_unknown and machine.is_alive:
                         with self._reserved(vm):
-                            self._look_at(vm, machine)
-                    except TestbedError as error:  # busy, or no word yet
-                        self._note_unsettled(vm, str(error))
+                            self._settle(vm, machine)
+                    elif not machine.is_alive and not self._is_ours(vm):
+                        with self._reserved(vm):
+                            self._take_away(vm, machine)
+                except TestbedError as error:  # busy, or no word yet
+                    self._note_unsettled(vm, str(error))
 
-    def _look_at(self, vm: str, machine: Machine) -> None:
-        if self.machines.get(vm) is not machine:
-            return
-        if machine.is_alive:
-            if not settle(machine, machine.guest.state):
-                del self.machines[vm]
+    def _settle(self, vm: str, machine: Machine) -> None:
+        if self.machines.get(vm) is machine:
             machine.owner_unknown = False
-            return
+            try:
+                if not settle(machine, machine.guest.state):
+                    del self.machines[vm]
+            except TestbedError:
+                machine.owner_unknown = True
+                raise
+
+    def _is_ours(self, vm: str) -> bool:
+        """Its guest may be dead, but it is for us to power it on again."""
         newest = self.site.datastore.newest(vm)
-        if newest is None or newest.host != self.name or not newest.running:
+        return newest is not None and newest.running and newest.host == self.name
+
+    def _take_away(self, vm: str, machine: Machine) -> None:
+        if self.machines.get(vm) is machine:
             del self.machines[vm]
             machine.dismantle()
-            machine.emit("vm.discarded", state="dead", owner=newest.host if newest else "")
+            machine.emit("vm.discarded", state="dead")
 
     def _note_unsettled(self, vm: str, why: str) -> None:
         """Once for each reason."""

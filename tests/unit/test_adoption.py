@@ -93,7 +93,7 @@ def test_the_vmx_of_one_that_runs_is_told_to_go_on_and_nothing_is_claimed(tmp_pa
 def test_one_that_was_stopped_runs_under_a_generation_of_its_own(tmp_path: Path, state: str) -> None:
     found = Found(tmp_path, "esx2", "esx1")
     assert settled(found, state)
-    assert found.done == ["own 3", "open gate", "run", "vm.adopted", "announce"]
+    assert found.done == ["vm.resuming", "own 3", "open gate", "run", "vm.adopted", "announce"]
     newest = found.datastore.newest("vm1")
     assert newest is not None and (newest.generation, newest.host, newest.running) == (3, "esx1", True)
 
@@ -106,7 +106,9 @@ def test_anothers_is_taken_apart_and_nothing_is_claimed(tmp_path: Path, state: s
     assert found.datastore.newest_generation("vm1") == 2
 
 
-def test_a_destination_that_claims_while_we_are_about_to_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_destination_that_claims_while_we_are_about_to_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = Found(tmp_path, "esx1")
     claim = found.datastore.claim
 

@@ -97,7 +97,7 @@ def test_a_read_of_any_size_comes_in_requests_that_are_not_too_large(size: int) 
 
 
 def test_a_read_behind_the_end_is_short() -> None:
-    with disk_of(MAX_BYTES + 100) as (disk, served):
+    with disk_of(MAX_BYTES + 100) as (disk, _):
         assert len(disk.read(100, 2 * MAX_BYTES)) == MAX_BYTES
         assert disk.read(MAX_BYTES + 90, 50) == bytes(10)
         assert disk.read(2 * MAX_BYTES, 50) == b""

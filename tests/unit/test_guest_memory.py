@@ -84,6 +84,8 @@ def test_a_power_on_without_an_nvram_is_the_first() -> None:
 )
 def test_an_nvram_that_is_none_is_refused_before_the_ram_is_touched(nvram: bytes) -> None:
     spoilt = memory()
-    with pytest.raises(TestbedError, match="the nvram is not one of this machine's: .*; remove the file to do without"):
+    with pytest.raises(
+        TestbedError, match=r"the nvram is not one of this machine's: .*; remove the file to do without"
+    ):
         spoilt.format(nvram)
     assert not spoilt.header.any()

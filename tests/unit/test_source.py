@@ -60,7 +60,7 @@ class Scene:
         machine.vm, machine.generation, machine.owner_unknown = SimpleNamespace(name="vm1"), 1, False
         machine.port, machine.announcer = SimpleNamespace(shut=lambda: None), SimpleNamespace(silence=lambda: None)
         machine.hold, machine.open_gate = lambda: self.told("hold"), lambda: self.told("open gate")
-        machine.go_on = lambda: (self.told("go on"), self.guest.run())
+        machine.go_on = self.go_on
         machine.own = lambda lease: self.told(f"own {lease.generation}")
         machine.site = SimpleNamespace(host=SimpleNamespace(name="esx1"), datastore=self.datastore)
         self.migration = OutgoingMigration(
@@ -72,6 +72,10 @@ class Scene:
             lambda progress: None,
         )
         self.migration.hashes = Hashes(ram)
+
+    def go_on(self) -> None:
+        self.told("go on")
+        self.guest.run()
 
     def told(self, word: str) -> None:
         self.guest.calls.append(word)
@@ -166,7 +170,9 @@ def test_a_vm_whose_destination_gives_up_goes_on_under_the_generation_that_it_ha
 def test_a_vm_whose_vmx_had_to_claim_a_generation_meanwhile_is_not_handed_over(tmp_path: Path) -> None:
     with scene(tmp_path, say_resumed) as moving:
         moving.migration.machine.generation = 2  # type: ignore[misc]
-        with pytest.raises(MigrationFailed, match="VM vm1 runs again on esx1: its lease had lapsed meanwhile; try again"):
+        with pytest.raises(
+            MigrationFailed, match="VM vm1 runs again on esx1: its lease had lapsed meanwhile; try again"
+        ):
             moving.migration.run("token")
         assert moving.guest.calls == ["hold", "go on", "run"]
         assert not moving.migration.left

@@ -163,7 +163,7 @@ def test_an_nvram_is_the_old_or_the_new_one(folder: VmFolder, tmp_path: Path, ca
     folder.save_nvram(b"old")
     store = UnsureStore(tmp_path)
     store.mishaps[call] = [mishap]
-    with pytest.raises(OSError, match="no answer|full"):
+    with pytest.raises(OSError, match=r"no answer|full"):
         VmFolder(store, "vm1").save_nvram(b"new")
     assert folder.nvram() == (b"new" if (call, mishap) == ("rename", "unheard") else b"old")
     folder.save_nvram(b"newer")
