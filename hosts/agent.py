@@ -175,6 +175,7 @@ class Agent:
             machine.emit("vm.powering_on", generation=generation)
             booted = machine.guest.power_on(nvram)
             machine.open_gate()
+            machine.prepare()
             undo.pop_all()
         self.machines[vm.name] = machine
         disk = {"entries": booted.entries, "replayed": booted.replayed}
@@ -223,6 +224,7 @@ class Agent:
             undo.callback(draft.discard)
             machine = Machine.build(self.site, vm, request.announce, request.schedule_ms)
             undo.callback(machine.dismantle)
+            machine.prepare()
             incoming = IncomingMigration(machine, request.migration, draft, request.encrypt)
             incoming.expire_after(self._patience_s, self._expire)
             with self.lock:
@@ -495,8 +497,10 @@ class Agent:
         coming = [incoming.machine for incoming in (*self.arriving.values(), *late)]
         with ExitStack() as steps:  # each, whatever becomes of the others
             steps.callback(self.site.vm_log.close)
-            for machine in (*coming, *self.machines.values()):
+            for machine in coming:
                 steps.callback(machine.dismantle)
+            for machine in self.machines.values():
+                steps.callback(self._bury, machine, f"{self.name} was shut down")
 
 
 def _said_of(machine: Machine) -> dict[str, Any]:

@@ -67,7 +67,10 @@ class Machine:
 
     @classmethod
     def build(cls, site: Site, vm: VM, mode: str, schedule_ms: tuple[int, ...]) -> "Machine":
-        """RAM, guest, vmx with the disk opened, a dark port, announcement frames; nothing runs, nothing shows."""
+        """RAM, guest, vmx with the disk opened, a dark port; nothing runs, nothing shows.
+
+        The announcement's frames are still in the making: `prepare` waits for them.
+        """
         vswitch, name = site.host.vswitch_of(vm.port_group).name, vm.name
         with ExitStack() as undo:
             announcer = Announcer(mode, vm.mac, str(vm.interface.ip), schedule_ms)
@@ -87,7 +90,6 @@ class Machine:
             undo.callback(_remove_swap, site, vm)
             port = VmPort(vswitch, vm, guest.pid)
             undo.callback(port.remove)
-            announcer.prepare(vswitch)
             undo.pop_all()
         return cls(site, vm, guest, vmx, port, announcer, vswitch)
 
@@ -111,6 +113,10 @@ class Machine:
             announcer.prepare(vswitch)
             undo.pop_all()
         return cls(site, vm, guest, vmx, port, announcer, vswitch)
+
+    def prepare(self) -> None:
+        """From here on it can be announced in no time."""
+        self.announcer.prepare(self.vswitch)
 
     @property
     def generation(self) -> int:
