@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from hosts import channel
-from hosts.datastore import Claim, Datastore, DatastoreError, Keeper, OwnerUnknown, user_of
+from hosts.datastore import Claim, Datastore, DatastoreError, DatastoreSilent, Keeper, OwnerUnknown, user_of
 from hosts.disk_channel import DiskServer, Request
 from hosts.gate import Gate
 from hosts.lease_page import LeasePage
 from hosts.ownership import PULSE_EVERY_S, Lease
-from hosts.store import Store, StoreFile, open_store
+from hosts.store import Store, StoreFile, StoreSilent, open_store
 from hosts.vm_files import disk_path
 from topologies.errors import TestbedError
 from topologies.events import EventLog
@@ -153,13 +153,14 @@ class Vmx:
             self._own.wait()
             with self.lock:
                 lease = self.lease
-            if lease is None:
-                self._own.clear()
-                continue
+                if lease is None:
+                    self._own.clear()
+                    continue
             try:
                 if keeper is None or keeper.claim.generation != lease.generation:
                     if keeper is not None:
-                        keeper.close()
+                        before, keeper = keeper, None  # once: its descriptor may be another file's then
+                        before.close()
                     keeper = Keeper(self._datastore, self.vm, lease.generation, self.host)
                     keeper.collect()
                 self._pulse(keeper, lease)
@@ -240,7 +241,7 @@ class Vmx:
         if not self.page.silent_since_ns:
             self.page.silent_since_ns = time.monotonic_ns()
             self.emit("datastore.silent", reason=str(error))
-        if isinstance(error, DatastoreError) and not isinstance(error, TimeoutError):
+        if not isinstance(error, StoreSilent | DatastoreSilent | OwnerUnknown):
             try:  # our lock file may be gone, long after others came
                 if self._datastore.check(self.vm) > lease.generation:
                     self._overtaken(lease)

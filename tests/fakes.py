@@ -210,6 +210,9 @@ class UnsureFile(LocalFile):
     def truncate(self, length: int) -> None:
         self._store.do("truncate", lambda: super(UnsureFile, self).truncate(length))
 
+    def close(self) -> None:
+        self._store.do("close", super().close)
+
 
 class Clock:
     """Time passes only by sleeping; `meanwhile` happens in each sleep."""

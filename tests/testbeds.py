@@ -2,15 +2,18 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+
+from namespaces import inside
 
 from experiments.run import Options, Run
 from experiments.testbed import Testbed
 from experiments.world import run
 from hosts.announce import SCHEDULE_MS
 from hosts.policy import Policy
+from hosts.store import Store, open_store
 from topologies.events import Event, find, read_events
 from topologies.plan import DEFAULT_PLAN, VM, read_plan
 
@@ -49,6 +52,22 @@ def slow_cable(testbed: Testbed, rate: str = "100mbit") -> Iterator[None]:
 
 def events(testbed: Testbed, kind: str, **fields: object) -> list[Event]:
     return find(read_events(testbed.run.events_file), kind, **fields)
+
+
+@contextmanager
+def datastore(testbed: Testbed) -> Iterator[Store]:
+    """The datastore as a host sees it: a NAS need not notice at once what is done to its folder behind its back."""
+    with inside(testbed.net["esx1"].pid), closing(open_store(testbed.where)) as store:
+        yield store
+
+
+def delete(testbed: Testbed, vm: str) -> None:
+    """A VM that is off, with its files: the plan's VM of this name is made anew by the next power-on."""
+    testbed.vcenter.unregister(vm)
+    with datastore(testbed) as store:
+        for name in store.names(f"/{vm}"):
+            store.unlink(f"/{vm}/{name}")
+        store.rmdir(f"/{vm}")
 
 
 def answers(testbed: Testbed, ip: str, within_s: int = 5) -> bool:

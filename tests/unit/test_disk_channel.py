@@ -51,7 +51,7 @@ def disk_of(size: int) -> Iterator[tuple[Disk, Served]]:
     assert not thread.is_alive()
 
 
-def test_what_is_written_is_read(tmp_path: object) -> None:
+def test_what_is_written_is_read() -> None:
     with disk_of(10_000) as (disk, _):
         disk.write(4096, b"journal")
         disk.await_written()
