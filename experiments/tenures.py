@@ -34,7 +34,7 @@ def tenures(events: Iterable[Event], vm: str) -> list[Tenure]:
     found: list[Tenure] = []
     for event in sorted((e for e in events if e.get("vm") == vm), key=lambda e: e["t"]):
         host = str(event.get("host", event["source"]))
-        if event["kind"] in _BEGINS:
+        if event["kind"] in _BEGINS and not event.get("stalled"):  # if it is, it begins with vm.unstalled
             since.setdefault(host, event["t"])
         elif event["kind"] in _ENDS and host in since:
             found.append(Tenure(host, since.pop(host), event["t"]))

@@ -172,7 +172,8 @@ class Agent:
             machine.own(lease)
             with self._storage(vm.name):
                 nvram = site.folder_of(vm.name).nvram()
-            machine.emit("vm.powering_on", generation=generation)
+            now_ns = time.monotonic_ns()
+            machine.emit("vm.powering_on", t=now_ns, generation=generation, stalled=not machine.vmx.page.lasts)
             booted = machine.guest.power_on(nvram)
             machine.open_gate()
             machine.prepare()

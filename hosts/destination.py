@@ -13,6 +13,7 @@ fill          post-copy only: the pages named in the bitmap, those first that th
 import hmac
 import secrets
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -282,9 +283,9 @@ class IncomingMigration:
 
     def resume(self, stream: Stream) -> None:
         machine = self.machine
-        machine.open_gate()
-        self._emit("gate.opened")
-        self._emit("vm.resuming")
+        now_ns = time.monotonic_ns()  # not later: if its lease ends now, it has been resumed before it stands still
+        stalled = not machine.open_gate()
+        self._emit("vm.resuming", t=now_ns, stalled=stalled)
         # the guest's thaw and the switch's relearning run side by side
         machine.guest.run(meanwhile=lambda: machine.announcer.start(self._announced))
         self._emit("vm.resumed")

@@ -142,10 +142,12 @@ class Machine:
         self.vmx.page.grant(lease)
         self.vmx.own(lease, self.guest.pid, self.port.gate)
 
-    def open_gate(self) -> None:
-        """If it may run; else its vmx does so as soon as it may."""
-        if self.vmx.page.lasts:
+    def open_gate(self) -> bool:
+        """Whether it may run; if not, its vmx opens the gate as soon as it may."""
+        lasts = self.vmx.page.lasts
+        if lasts:
             self.port.open()
+        return lasts
 
     def hold(self) -> None:
         """Before a suspend: its vmx keeps the lease, the rest is up to us."""

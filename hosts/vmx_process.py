@@ -108,6 +108,8 @@ class Vmx:
                     self.gate = Gate(self.vm, request.gate)
                     self.lease = Lease(request.generation, request.sent_s)
                     self.held, self.stalled = False, not self.lease.lasts(time.monotonic())
+                    if self.stalled:
+                        self.emit("vm.stalled", generation=self.lease.generation)
                     self._own.set()
                 case channel.Hold():
                     self.held = True
