@@ -68,7 +68,9 @@ def settle(machine: Machine, state: str) -> bool:
             raise DatastoreError(f"VM {vm} is here, and its datastore has never heard of it; is it mounted?")
         if newest.generation < machine.generation:
             raise DatastoreError(f"VM {vm}: generation {machine.generation} is gone from its datastore")
-        match fate(newest, site.host.name, state):
+        # a LINK of ours may still be on its way: only a LINK tells whether the generation is to be had
+        undecided = newest.generation < machine.unsettled
+        match Fate.RUNS_AGAIN if undecided else fate(newest, site.host.name, state):
             case Fate.DISCARDED:
                 machine.dismantle()
                 machine.emit("vm.discarded", state=state, owner=newest.host)

@@ -237,7 +237,7 @@ class Agent:
     def _migrate(self, request: control.Migrate, notify: control.Notify) -> Outcome:
         with self._reserved(request.vm):
             machine = self._machine(request.vm)
-            if machine.owner_unknown:
+            if machine.unsettled:
                 raise AgentError(f"VM {request.vm} is suspended on {self.name}: it could not be learned who owns it")
 
             def connect(role: str) -> Stream:
@@ -329,7 +329,7 @@ class Agent:
         while not self._closed.wait(_LOOK_AFTER_S):
             for vm, machine in list(self.machines.items()):
                 try:
-                    if machine.owner_unknown and machine.is_alive:
+                    if machine.unsettled and machine.is_alive:
                         with self._reserved(vm):
                             self._settle(vm, machine)
                     elif not machine.is_alive and not self._is_ours(vm):
@@ -340,13 +340,9 @@ class Agent:
 
     def _settle(self, vm: str, machine: Machine) -> None:
         if self.machines.get(vm) is machine:
-            machine.owner_unknown = False
-            try:
-                if not settle(machine, machine.guest.state):
-                    del self.machines[vm]
-            except TestbedError:
-                machine.owner_unknown = True
-                raise
+            if not settle(machine, machine.guest.state):
+                del self.machines[vm]
+            machine.unsettled = 0
 
     def _is_ours(self, vm: str) -> bool:
         """Its guest may be dead, but it is for us to power it on again."""
@@ -420,7 +416,7 @@ class Agent:
             why = repr(error)
             self.log(traceback.format_exc())
         try:
-            if incoming.arrived or machine.owner_unknown:
+            if incoming.arrived or machine.unsettled:
                 with self.lock:
                     self.machines[machine.vm.name] = machine
             elif machine.generation == 0:  # it never came to the point of no return

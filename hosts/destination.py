@@ -129,7 +129,7 @@ class IncomingMigration:
         except OwnerUnknown as error:  # an ABORT would say that it cannot be ours
             if stream.session.may("lost"):
                 stream.session.step("lost")
-            self.machine.owner_unknown = True
+            self.machine.unsettled = self.draft.claim.generation
             raise IncomingUnknown(str(error)) from error
         except (TestbedError, OSError) as error:
             if not isinstance(error, StreamLost | PeerAborted):

@@ -62,7 +62,7 @@ class Machine:
     port: VmPort
     announcer: Announcer
     vswitch: str
-    owner_unknown: bool = False  # suspended in a switchover, and the datastore did not answer
+    unsettled: int = 0  # suspended in a switchover: the generation that may be ours, and the datastore did not answer
     _logs: bool = False  # what happens to it goes into its vmware.log, too
 
     @classmethod

@@ -443,7 +443,7 @@ class OutgoingMigration:
                 return self._lease is not None
             except (DatastoreError, OwnerUnknown) as error:
                 if time.monotonic() > deadline:
-                    self.machine.owner_unknown = True
+                    self.machine.unsettled = self._generation
                     stays = f"VM {self.machine.vm.name} stays suspended on {self._here}"
                     raise MigrationFailed(f"{stays} until it is known who owns it: {error}") from error
                 time.sleep(_ASK_EVERY_S)

@@ -57,7 +57,7 @@ class Scene:
         self.guest, self.datastore = Guest(ram), datastore_of(folder, "vm1")
         assert self.datastore.claim("vm1", 1, "esx1")
         machine: Any = ToldMachine(self.guest)
-        machine.vm, machine.generation, machine.owner_unknown = SimpleNamespace(name="vm1"), 1, False
+        machine.vm, machine.generation, machine.unsettled = SimpleNamespace(name="vm1"), 1, 0
         machine.port, machine.announcer = SimpleNamespace(shut=lambda: None), SimpleNamespace(silence=lambda: None)
         machine.hold, machine.open_gate = lambda: self.told("hold"), lambda: self.told("open gate")
         machine.go_on = self.go_on
@@ -191,7 +191,7 @@ def test_a_source_that_cannot_learn_who_owns_the_vm_leaves_it_suspended(
         with pytest.raises(MigrationFailed, match=why):
             moving.migration.run("token")
         assert moving.guest.calls == ["hold", "suspend"]
-        assert (moving.migration.machine.owner_unknown, moving.migration.left) == (True, False)
+        assert (moving.migration.machine.unsettled, moving.migration.left) == (2, False)
 
 
 def test_a_claim_that_was_ours_without_an_answer_brings_the_vm_back_without_a_lease(
