@@ -39,6 +39,7 @@ BAD = [
     (["demo", "--encrypt=yes"], "'yes'", "--help"),
     (["demo", "--announce", "shout"], "'shout'", "rarp"),
     (["demo", "--announce-ms", "50,0"], "50,0", "0,50,200,450,800"),
+    (["demo", "--datastore", "floppy"], "'floppy'", "nfs, local"),
     (["demo", "--mode", "teleport"], "'teleport'", "precopy, postcopy, stop-and-copy, hybrid"),
     (["demo", "--plan", "/nonexistent.toml"], "/nonexistent.toml", "No such file"),
     (["run"], "NAME", "--help"),
@@ -120,6 +121,11 @@ def test_the_options_of_the_transport_reach_the_experiment(
     monkeypatch: pytest.MonkeyPatch, words: list[str], transport: Transport
 ) -> None:
     assert chosen(monkeypatch, "run", "basic_vmotion", *words).transport == transport
+
+
+def test_a_vm_is_on_the_nas_unless_its_user_wants_it_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(monkeypatch, "demo").datastore == "nfs"
+    assert chosen(monkeypatch, "demo", "--datastore", "local").datastore == "local"
 
 
 def test_a_guest_may_write_to_all_of_its_ram(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,10 +97,11 @@ def test_a_read_of_any_size_comes_in_requests_that_are_not_too_large(size: int) 
 
 
 def test_a_read_behind_the_end_is_short() -> None:
-    with disk_of(MAX_BYTES + 100) as (disk, _):
+    with disk_of(MAX_BYTES + 100) as (disk, served):
         assert len(disk.read(100, 2 * MAX_BYTES)) == MAX_BYTES
         assert disk.read(MAX_BYTES + 90, 50) == bytes(10)
         assert disk.read(2 * MAX_BYTES, 50) == b""
+        assert len(served.asked) == 4, "after one that is short nothing is asked for"
 
 
 def test_the_largest_write_is_one_and_a_larger_request_is_none_of_ours() -> None:

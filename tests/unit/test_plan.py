@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topologies.plan import DEFAULT_PLAN, Plan, PlanError, read_plan, validate
+from topologies.plan import DEFAULT_PLAN, Plan, PlanError, check_vm, read_plan, validate
 
 PLAN = """\
 switch = "s1"
@@ -162,6 +162,13 @@ REFUSALS = {
     "negative RAM": ('"512MiB"', '"-512MiB"', ["VM 'vm1', key 'ram'", "'-512MiB' is no quantity"]),
     "a working set too large": ('"64MiB"', '"513MiB"', ["VM 'vm1'", "working set of 513 MiB", "at most its RAM"]),
     "a working set of 0": ('"64MiB"', '"0MiB"', ["VM 'vm1'", "working set of 0 B", "a page at least"]),
+    "a disk without a unit": ('ram = "512MiB"', 'ram = "512MiB"\ndisk = 64', ["'vm1', key 'disk'", "64 has no unit"]),
+    "too small a disk": ('ram = "512MiB"', 'ram = "512MiB"\ndisk = "1023KiB"', ["VM 'vm1'", "a disk of 1047552 bytes"]),
+    "a disk in no whole sectors": (
+        'ram = "512MiB"',
+        'ram = "512MiB"\ndisk = "2000001B"',
+        ["VM 'vm1'", "a disk of 2000001 bytes", "whole sectors"],
+    ),
     "a fill beyond the whole": ('ram = "512MiB"', 'ram = "512MiB"\nfill = "101%"', ["VM 'vm1', key 'fill'", "'101%'"]),
     "more to pack than the whole": (
         'ram = "512MiB"',
@@ -380,6 +387,7 @@ def test_a_vm_is_replaced_and_nothing_else(tmp_path: Path) -> None:
         ({"ram": 2**26 + 1}, "whole 4 KiB pages"),
         ({"ram": 2**25}, "working set of 64 MiB"),
         ({"working_set": 0}, "working set of 0 B"),
+        ({"disk": 2**20 - 512}, "a disk of 1048064 bytes"),
         ({"host": "esx3"}, "unknown host 'esx3'"),
         ({"ip": "10.0.0.100/24"}, "client 'c1'"),
         ({"mac": "01:00:5e:00:00:01"}, "group address"),
@@ -391,6 +399,36 @@ def test_a_replaced_vm_is_validated_again(changes: dict, named: str) -> None:
     with pytest.raises(PlanError) as refusal:
         plan.with_vm(dataclasses.replace(plan.vm("vm1"), **changes))
     refused(refusal.value, "'vm1'", named)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"name": "VM 1"}, "'VM 1'"),
+        ({"name": "../../etc"}, "'../../etc'"),
+        ({"name": "vm1234567"}, "'vm1234567'"),
+        ({"ip": "10.0.0.11"}, "lacks its prefix"),
+        ({"ip": "nowhere/24"}, "no IPv4 address"),
+        ({"ip6": "fe80::1/64"}, "'fe80::1/64'"),
+        ({"mac": "00:50:56:00:00"}, "mac '00:50:56:00:00'"),
+        ({"mac": "01:00:5e:00:00:01"}, "group address"),
+        ({"port_group": "none"}, "host 'esx2' has no port group 'none'"),
+        ({"ram": 2**63 - 1}, "whole 4 KiB pages"),
+        ({"fill": 1.1}, "fill of 110%"),
+        ({"fill": float("nan")}, "fill of nan%"),
+        ({"compressible": -0.1}, "compressible by -10%"),
+        ({"disk": 0}, "a disk of 0 bytes"),
+        ({"bulk_rate": 0}, "unshaped"),
+        ({"working_set": 2**40}, "working set of"),
+    ],
+)
+def test_a_vm_from_elsewhere_is_looked_at_before_a_host_runs_it(changes: dict, named: str) -> None:
+    """Its files may say anything."""
+    plan = read_plan()
+    check_vm(plan.vm("vm1"), plan.host("esx2"))
+    with pytest.raises(PlanError) as refusal:
+        check_vm(dataclasses.replace(plan.vm("vm1"), **changes), plan.host("esx2"))
+    assert named in str(refusal.value)
 
 
 # ---------------------------------------------------------------- what would fail later, far from its cause

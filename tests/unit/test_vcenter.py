@@ -1,14 +1,17 @@
 """The manager against scripted agents: a cancel that comes early, and where a VM is said to be."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from hosts import control
 from hosts.control import AgentGone, ControlError
 from hosts.vcenter import MigrationFailed, VCenter
+from topologies.errors import UsageError
 from topologies.events import EventLog
 from topologies.plan import read_plan
 
@@ -106,3 +109,108 @@ def test_a_host_whose_answer_to_a_preparation_is_lost_is_told_to_forget_it(tmp_p
     with pytest.raises(MigrationFailed, match="its agent is gone; VM vm1 is on esx1: running"):
         Scripted(tmp_path, answer).migrate("vm1", "esx2")
     assert said[:2] == [("esx2", "Prepare"), ("esx2", "Abandon")]
+
+
+# ---------------------------------------------------------------- the inventory
+
+
+class Agents:
+    """They do what they are told; `refused` are kinds of orders that they refuse, and `said` what they heard."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.said: list[tuple[str, str]] = []
+        self.refused: set[str] = set()
+        self.vcenter = Scripted(tmp_path, self.answer)
+        del self.vcenter.places["vm1"]
+
+    def answer(self, host: str, request: control.Request) -> Any:
+        kind = type(request).__name__
+        self.said.append((host, kind))
+        if kind in self.refused:
+            raise ControlError("no")
+        if isinstance(request, control.Register):
+            return msgspec.to_builtins(replace(read_plan().vm("vm1"), name=request.vm, host=host, ram=2**24))
+        return {"generation": 1}
+
+
+@pytest.fixture
+def agents(tmp_path: Path) -> Agents:
+    return Agents(tmp_path)
+
+
+def test_a_vm_of_the_plan_gets_its_files_with_its_first_power_on_and_is_what_they_say(agents: Agents) -> None:
+    agents.vcenter.power_on("vm1")
+    agents.vcenter.power_off("vm1")
+    agents.vcenter.power_on("vm1")
+    orders = ["Create", "Register", "PowerOn", "PowerOff", "PowerOn"]
+    assert agents.said == [("esx1", order) for order in orders]
+    assert agents.vcenter.inventory["vm1"].ram == 2**24, "as its files say, and not the plan"
+
+
+def test_a_vm_starts_where_it_was_last_unless_a_host_is_named(agents: Agents) -> None:
+    agents.vcenter.power_on("vm1", "esx2")
+    agents.vcenter.power_off("vm1")
+    assert (agents.vcenter.homes, agents.vcenter.places) == ({"vm1": "esx2"}, {})
+    agents.vcenter.power_on("vm1")
+    assert agents.said[-1] == ("esx2", "PowerOn")
+    agents.vcenter.power_off("vm1")
+    agents.vcenter.power_on("vm1", "esx1")
+    assert (agents.vcenter.homes, agents.vcenter.places) == ({"vm1": "esx1"}, {"vm1": "esx1"})
+
+
+def test_a_power_on_that_is_refused_changes_no_place(agents: Agents) -> None:
+    agents.refused = {"PowerOn"}
+    with pytest.raises(ControlError):
+        agents.vcenter.power_on("vm1", "esx2")
+    assert (agents.vcenter.homes, agents.vcenter.places) == ({"vm1": "esx1"}, {})
+
+
+def test_a_power_off_that_is_refused_leaves_the_vm_in_its_place(agents: Agents) -> None:
+    agents.vcenter.power_on("vm1")
+    agents.refused = {"PowerOff"}
+    with pytest.raises(ControlError):
+        agents.vcenter.power_off("vm1")
+    assert agents.vcenter.places == {"vm1": "esx1"}
+
+
+def test_a_vm_that_no_plan_has_is_registered_from_its_files(agents: Agents) -> None:
+    with pytest.raises(UsageError, match="the plan has no VM 'vm7'"):
+        agents.vcenter.power_on("vm7")
+    agents.vcenter.register("vm7", "esx2")
+    agents.vcenter.power_on("vm7")
+    assert agents.said == [("esx2", "Register"), ("esx2", "PowerOn")]
+
+
+def test_a_vm_that_cannot_be_registered_is_not(agents: Agents) -> None:
+    agents.refused = {"Register"}
+    with pytest.raises(ControlError):
+        agents.vcenter.register("vm7", "esx2")
+    assert (agents.vcenter.inventory, agents.vcenter.homes) == ({}, {})
+    with pytest.raises(UsageError, match="the plan has no host 'esx9'"):
+        agents.vcenter.register("vm7", "esx9")
+
+
+def test_only_a_vm_that_is_off_is_forgotten_or_registered_anew(agents: Agents) -> None:
+    with pytest.raises(UsageError, match="VM 'vm1' is not registered; registered are none"):
+        agents.vcenter.unregister("vm1")
+    agents.vcenter.power_on("vm1")
+    with pytest.raises(UsageError, match="VM vm1 is powered on, on esx1; power it off first"):
+        agents.vcenter.unregister("vm1")
+    with pytest.raises(UsageError, match="VM vm1 is on esx1; power it off first"):
+        agents.vcenter.register("vm1", "esx2")
+    agents.vcenter.power_off("vm1")
+    agents.vcenter.unregister("vm1")
+    assert (agents.vcenter.inventory, agents.vcenter.homes) == ({}, {})
+
+
+def test_a_vm_that_is_restarted_is_where_that_was_done_and_else_where_it_was(agents: Agents) -> None:
+    with pytest.raises(UsageError, match="VM 'vm1' is not registered"):
+        agents.vcenter.restart("vm1", "esx2")
+    agents.vcenter.power_on("vm1")
+    agents.refused = {"Restart"}
+    with pytest.raises(ControlError):
+        agents.vcenter.restart("vm1", "esx2")
+    assert agents.vcenter.places == {"vm1": "esx1"}
+    agents.refused = set()
+    agents.vcenter.restart("vm1", "esx2")
+    assert (agents.vcenter.homes, agents.vcenter.places) == ({"vm1": "esx2"}, {"vm1": "esx2"})
