@@ -396,6 +396,8 @@ class LightGuest:
 
     def read(self, sock: socket.socket) -> None:
         """Requests on a transaction connection; a bulk client says nothing but good-bye."""
+        if sock not in self.connections:  # the disk's word, in the same look, has ended it
+            return
         connection = self.connections[sock]
         try:
             data = sock.recv(_PIECE)

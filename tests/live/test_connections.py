@@ -1,5 +1,7 @@
 """Client connections through whole migrations: half closed, over IPv6, hundreds at once."""
 
+import os
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -228,3 +230,23 @@ def test_a_client_that_resets_its_connection_costs_only_itself(testbed: Testbed)
     other.ask(1)
     other.hear()
     other.socket.close()
+
+
+def test_clients_that_reset_while_the_disk_answers_cost_only_themselves(testbed: Testbed) -> None:
+    """In one look of the VM's there is word from its disk, and from a client that its answer cannot reach any more."""
+    before = guest(testbed)
+    for number in range(6_000, 6_100, 10):
+        customers = [Customer(testbed, ADDRESSES["IPv4"], number + more) for more in range(10)]
+        for customer in customers:
+            customer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.kill(before, signal.SIGSTOP)
+        for customer in customers[1:]:
+            customer.ask(1)
+        os.kill(before, signal.SIGCONT)
+        for customer in customers:
+            customer.socket.close()
+    other = Customer(testbed, ADDRESSES["IPv4"], 6_200)
+    other.ask(1)
+    other.hear()
+    other.socket.close()
+    assert guest(testbed) == before
