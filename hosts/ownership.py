@@ -22,8 +22,8 @@ The rules, in the order in which they are needed:
 5.  Who is not the newest after a CHECK has lost, whatever it was before.
 
 The fence is for the disk, not for the VM: by the rules nobody else runs it by then. A FENCE whose answer was lost may
-still arrive, and open the disk to its own generation, until the newest owner mends that at its next PULSE. And a PULSE is
-sent once only (hosts/nfs.py): a copy that came late would put the number back to what a breaker has seen.
+still arrive, and open the disk to its own generation, until the newest owner mends that at its next PULSE. A PULSE is
+sent only once (hosts/nfs.py): a copy that came late would put the number back to what a breaker has seen.
 
 A migration needs no lease to run out: the source suspends the VM, and then hands it over (hosts/protocol.py).
 """
