@@ -11,7 +11,7 @@ import ssl
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -37,6 +37,10 @@ class AgentGone(ControlError):
     """There was no answer: what the agent has made of the request is not known."""
 
 
+# A VM's name becomes part of paths on a datastore and of sockets' names
+VmName = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9]{0,7}\Z")]
+
+
 class Request(msgspec.Struct, tag=True, frozen=True):
     """Base of all requests."""
 
@@ -50,13 +54,13 @@ class Create(Request, frozen=True):
 class Delete(Request, frozen=True):
     """Remove all files of a VM that is off."""
 
-    vm: str
+    vm: VmName
 
 
 class Register(Request, frozen=True):
     """Replies the VM of these files, if this host could run it."""
 
-    vm: str
+    vm: VmName
 
 
 class PowerOn(Request, frozen=True):
@@ -65,7 +69,7 @@ class PowerOn(Request, frozen=True):
     Replies {"generation", "tracking", "entries", "replayed"}: its ledger's, as its disk had them.
     """
 
-    vm: str
+    vm: VmName
     announce: str
     schedule_ms: tuple[int, ...]
 
@@ -73,19 +77,19 @@ class PowerOn(Request, frozen=True):
 class Restart(Request, frozen=True):
     """The same of a VM whose host is dead: only if its owner's pulse stands still for a lease (hosts/ownership.py)."""
 
-    vm: str
+    vm: VmName
     announce: str
     schedule_ms: tuple[int, ...]
 
 
 class PowerOff(Request, frozen=True):
-    vm: str
+    vm: VmName
 
 
 class Prepare(Request, frozen=True):
     """Make ready for a VM to come, in TLS only if `encrypt`. Replies {"token", "ip", "port"}: where to connect."""
 
-    vm: str
+    vm: VmName
     migration: str
     announce: str
     schedule_ms: tuple[int, ...]
@@ -98,7 +102,7 @@ class Migrate(Request, frozen=True):
     It goes on if its caller goes away; Status tells of it, Cancel ends it.
     """
 
-    vm: str
+    vm: VmName
     migration: str
     ip: str
     port: int
@@ -131,7 +135,7 @@ class Status(Request, frozen=True):
 class Owner(Request, frozen=True):
     """Replies the newest Claim of a VM on the datastore (hosts/datastore.py), None if it never ran."""
 
-    vm: str
+    vm: VmName
 
 
 class Break(Request, frozen=True):

@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -227,6 +228,18 @@ def test_a_second_power_on_is_refused_on_either_host_and_says_who_has_the_vm(tes
             message = rf"host {host}: VM vm1 is running on {here(testbed)} \(generation {generation}\)"
             with pytest.raises(ControlError, match=message):
                 client.call(control.PowerOn("vm1", "rarp", SCHEDULE_MS))
+
+
+@pytest.mark.parametrize("name", ["../vm1", "vm1/..", "", ".", "vm1\n", "Vm1", "vm1" * 9])
+def test_a_name_that_is_none_is_refused_before_it_becomes_a_path(testbed: Testbed, name: str) -> None:
+    files = sorted(testbed.datastore.parent.rglob("*"))
+    with closing(agent(testbed, "esx1")) as client:
+        for order in (control.PowerOn(name, "rarp", SCHEDULE_MS), control.Register(name), control.Delete(name)):
+            with pytest.raises(ControlError, match=r"Expected `str` matching regex .* at `\$.vm`"):
+                client.call(order)
+        with pytest.raises(ControlError, match="a name is a lower-case letter"):
+            client.call(control.Create(replace(testbed.run.plan.vm("vm1"), name=name)))
+    assert sorted(testbed.datastore.parent.rglob("*")) == files
 
 
 def test_a_migration_to_where_the_vm_is_is_refused(testbed: Testbed) -> None:
