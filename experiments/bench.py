@@ -13,6 +13,7 @@ Ratios are taken within one run, pair by pair, because machines differ and are n
     tracking    what dirty tracking costs the guest
     size        how cost grows with RAM: 256 MiB, 1 GiB, 4 GiB
     count       how cost grows with the number of VMs at once: 1, 2, 4, 8
+    storage     a write to the NAS, the claim in a downtime, a power-on, a restart after a host's death
 """
 
 import json
@@ -28,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.laboratory import Laboratory, laboratory
-from experiments.preflight import check_machine
+from experiments.preflight import check_machine, check_nfs
 from experiments.world import run_inside
+from hosts.ownership import LEASE_S
 from hosts.policy import Policy
 from hosts.ram import PAGE
 from hosts.tasks import migrations_at_once
@@ -282,6 +284,29 @@ def _all_at_once(lab: Laboratory) -> float:
     return (time.monotonic() - began) * 1000
 
 
+def storage(folder: Path, samples: int) -> list[Row]:
+    """The datastore is a NAS: what that costs."""
+    rows: list[Row] = []
+    with laboratory(folder) as lab:
+        timed = [lab.storage_us() for _ in range(samples)]
+        writes, bounds = [t.nfs for t in timed], [t.local + t.round_trip for t in timed]
+        where = "4 KiB, O_SYNC, one after the other, against the NAS's own disk and a round trip of 4 KiB"
+        rows.append(ratio_row("write through libnfs", where, "us", writes, bounds, at_most=1.5))
+        rows += [
+            row("  of that bound, the NAS's own disk", where, "us", [t.local for t in timed]),
+            row("  of that bound, the round trip", where, "us", [t.round_trip for t in timed]),
+        ]
+        moves = [lab.move() for _ in range(max(10, 2 * samples))]
+        rows.append(row("claim", lab.conditions, "ms", [m.timeline.parts_ms["claim"] for m in moves], at_most=5))
+        powered = [lab.power_cycle_s() for _ in range(samples)]
+        rows.append(row("power-on, from its files", lab.conditions, "s", powered, at_most=1))
+    with laboratory(folder, ram="64MiB", working_set="8MiB", dirty_rate="5MB/s") as lab:
+        restarts = [lab.restart_after_death_s() for _ in range(samples)]
+        where = f"{lab.conditions}, lease {LEASE_S:g} s"
+        rows.append(row("from a host's death until its VM runs elsewhere", where, "s", restarts, LEASE_S + 5))
+    return rows
+
+
 def demo(samples: int) -> list[Row]:
     """The whole demo, each in a process of its own."""
     summaries = [_one_demo() for _ in range(samples)]
@@ -334,6 +359,7 @@ GROUPS: dict[str, Callable[[Path, int], list[Row]]] = {
     "tracking": tracking,
     "size": size,
     "count": count,
+    "storage": storage,
 }
 
 
@@ -354,6 +380,7 @@ def main(only: Sequence[str], list_groups: bool, json_file: Path | None, samples
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"--json {json_file}: there is no folder {json_file.parent}")
     check_machine(read_plan())
+    check_nfs()
     names = list(only) or known
     rows: list[Row] = []
     if "demo" in names:  # in worlds of their own; this process can enter one only once, and then stays there

@@ -24,6 +24,9 @@ from topologies.units import parse_bitrate, parse_percent, parse_rate, parse_siz
 EXPERIMENTS = {
     "basic_vmotion": "a VM moves from one host to the other and its client notices nothing",
     "endurance": "two hundred moves back and forth under load, and nothing wears out",
+    "host_failure": "a host dies, or is cut off from its storage; its VM runs on the other one, never on both",
+    "shared_storage": "a VM is a folder of files on a NAS: any host can run it from them, one at a time",
+    "split_brain": "hosts lose each other and the storage at the worst moments of a migration; one runs the VM",
     "faults": "at every state of a migration something breaks; each time the end is the one that was promised",
 }
 
@@ -132,7 +135,7 @@ def _case_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="name the cases")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this case, or those like 'cut@*'")
     parser.add_argument("--long", action="store_true", help="all cases")
-    parser.set_defaults(ram=parse_size("64MiB"), working_set=parse_size("8MiB"), dirty_rate=parse_rate("5MB/s"))
+    _small_vm(parser)
 
 
 def _endurance_options(parser: argparse.ArgumentParser) -> None:
@@ -140,8 +143,17 @@ def _endurance_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(ram=parse_size("64MiB"), working_set=parse_size("8MiB"), dirty_rate=parse_rate("20MB/s"))
 
 
+def _small_vm(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(ram=parse_size("64MiB"), working_set=parse_size("8MiB"), dirty_rate=parse_rate("5MB/s"))
+
+
 # further options of an experiment, by its name
-_FURTHER = {"faults": _case_options, "endurance": _endurance_options}
+_FURTHER = {
+    "faults": _case_options,
+    "endurance": _endurance_options,
+    "host_failure": _small_vm,
+    "split_brain": _small_vm,
+}
 
 
 def options_of(chosen: argparse.Namespace, command_line: Sequence[str]) -> Options:

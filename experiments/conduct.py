@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments import report
-from experiments.preflight import check_kernel, check_machine
+from experiments.preflight import check_kernel, check_machine, check_nfs
 from experiments.run import Options, Run
 from experiments.verdict import Findings
 from experiments.world import leftovers, run_inside
@@ -27,6 +27,8 @@ _INTERRUPTED = "interrupted; everything is taken down"
 def conduct(name: str, experiment: Experiment, options: Options) -> int:
     """Run an experiment in a world of its own and return the exit status of the program."""
     check_machine(options.plan)
+    if options.datastore == "nfs":
+        check_nfs()
     return run_inside(lambda: _inside(name, experiment, options))
 
 

@@ -149,8 +149,9 @@ _OTHERS = [
     Case("freeze-peer", "destination:claimed", "encrypted", _ends("D")),
     # memory and storage
     Case("destination-out-of-memory", "", "precopy", _ends("S"), "no memory to map"),
-    Case("datastore-unreachable", "destination:restoring", "precopy", _ends("S"), "cannot be claimed"),
-    Case("datastore-unreachable", "destination:rebuilding", "postcopy", _ends("S"), "cannot be claimed"),
+    # both ask for the generation, and neither runs the VM, until it answers: then one of the two has it
+    Case("datastore-unreachable", "destination:restoring", "precopy", _ends("SD")),
+    Case("datastore-unreachable", "destination:rebuilding", "postcopy", _ends("SC")),
     Case("datastore-away-for-a-while", "source:uncertain", "precopy", _ends("S")),
     # a byte of the stream is another one when it arrives
     Case("corrupt-byte", "", "precopy", _ends("S"), "RAM differs"),

@@ -8,7 +8,7 @@ For each case (experiments/fault_cases.py) a client uses the VM all the time. Af
 
     end            it is one of those that the table has for the case
     one_vm         exactly one process runs the VM, on one host (none after a cold end)
-    ledger         every acknowledged transaction is there exactly once, over the same connection (not after a cold end)
+    ledger         every acknowledged transaction is there exactly once; over one connection unless the end is cold
     noticed        the hosts say what went wrong, where that is not plain from the end
     nothing_stray  no other guest process, no other port of the VM, no migration left at an agent
     full_speed     the VM's workload writes as fast as it should
@@ -20,25 +20,19 @@ For each case (experiments/fault_cases.py) a client uses the VM all the time. Af
     sudo ./vmotion run faults --only cut@source:suspended --only '*@destination:claimed'
 """
 
-import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from experiments import injuries, report
-from experiments.children import READY, Child, wait_until_up
+from experiments.clerk import Clerk
 from experiments.cli import script
 from experiments.fault_cases import WAYS, Case, End, all_cases, short_cases
 from experiments.injuries import Heal, Scene
 from experiments.run import Options, Run
-from experiments.streams import TransactionsResult
 from experiments.testbed import Testbed, guest_pids
 from experiments.verdict import Findings, ledger_checks
 from hosts.ram import PAGE
@@ -137,12 +131,12 @@ def play(testbed: Testbed, vm: str, case: Case) -> Verdict:
         task = _migrate_with(scene, case)
         _until(lambda: not _migrations(testbed), "no agent is at a migration", _OVER_WITHIN_S)
         end = _end(scene)
-        checks = {"end": end in case.ends, "one_vm": _one_vm(scene, end)}
-        checks["ledger"] = end is End.COLD or clerk.nothing_lost()
+        checks = {"end": end in case.ends, "one_vm": _one_vm(scene, end), "nothing_stray": _nothing_stray(scene, end)}
         checks["noticed"] = case.says in _reasons(scene, task)
-    checks["nothing_stray"] = _nothing_stray(scene, end)
-    if end is End.COLD:
-        vcenter.power_on(vm)
+        if end is End.COLD:
+            vcenter.power_on(vm)
+        seen = clerk.audit()
+        checks["ledger"] = all(ledger_checks(seen).values()) and (seen.connection_survived or end is End.COLD)
     checks["full_speed"] = _full_speed(scene)
     retry = vcenter.migrate(vm, vcenter.elsewhere(vm)).outcome
     checks["retry"] = retry.digests_equal and retry.stale_pages == 0
@@ -211,8 +205,8 @@ def _let_it_work(task: Task[Any], case: Case) -> None:
     """Until what was injured can be healed: most migrations end by themselves."""
     if case.injury == "freeze-peer":
         time.sleep(3 * PEER_TIMEOUT_S)  # a send that was taken in part is given its time once more
-    elif case.injury == "datastore-away-for-a-while":
-        time.sleep(PEER_TIMEOUT_S)
+    elif case.injury in ("datastore-unreachable", "datastore-away-for-a-while"):
+        time.sleep(2 * PEER_TIMEOUT_S)  # each has lost the other by then
     elif not case.unsure:
         task.over.wait(_OVER_WITHIN_S)
 
@@ -251,33 +245,6 @@ def _source_ends_first(scene: Scene, heal: Heal) -> Heal:
 
 
 # ---------------------------------------------------------------- the checks
-
-
-class Clerk:
-    """A client that makes transactions all the time, over one connection."""
-
-    def __init__(self, testbed: Testbed, vm: str, name: str) -> None:
-        self._out = testbed.run.folder / "probes" / f"{name.replace(':', '.')}.json"
-        self._out.parent.mkdir(exist_ok=True)
-        plan = testbed.run.plan
-        words = ["-m", "experiments.probes", "transactions", "--target", str(plan.vm(vm).interface.ip)]
-        words += ["--out", str(self._out), "--seed", str(time.monotonic_ns() % 2**31)]
-        popen, root = testbed.popen(plan.clients[0].name), Path(__file__).parent.parent
-        log = self._out.with_suffix(".log")
-        self._child = Child("the client", popen, [sys.executable, *words], log, root)
-
-    def __enter__(self) -> "Clerk":
-        wait_until_up([self._child], READY, time.monotonic() + 15)
-        return self
-
-    def nothing_lost(self) -> bool:
-        self._child.finish(signal.SIGTERM)
-        self._child.wait(time.monotonic() + 90)
-        seen = msgspec.json.decode(self._out.read_bytes(), type=TransactionsResult)
-        return seen.connection_survived and all(ledger_checks(seen).values())
-
-    def __exit__(self, *_: object) -> None:
-        self._child.kill()
 
 
 def _end(scene: Scene) -> End:

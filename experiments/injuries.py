@@ -57,8 +57,34 @@ def cut(scene: Scene, *from_hosts: str) -> Heal:
     return _all([_blackhole(scene, host, parent) for host in from_hosts for parent in ("5:1", "5:2")])
 
 
+def isolate(scene: Scene, host: str) -> Heal:
+    """A host without storage, management and vMotion: all but the VM network, on which its VMs still speak."""
+    return _all([cut_storage(scene, host), cut(scene, *(one.name for one in scene.testbed.run.plan.hosts))])
+
+
+def cut_storage(scene: Scene, host: str) -> Heal:
+    """Nothing passes between a host and the management & storage segment."""
+    inside = scene.testbed.net[host].intf(f"{host}-vmnic2")
+    outside = inside.link.intf2 if inside.link.intf1 is inside else inside.link.intf1
+    ends = (("mnexec", "-a", str(inside.node.pid), "tc"), inside.name), (("tc",), outside.name)
+    for tc, device in ends:
+        run_program(*tc, "qdisc", "add", "dev", device, "root", "blackhole")
+    scene.testbed.run.events.emit("host.isolated", host=host)
+
+    def heal() -> None:
+        for tc, device in ends:
+            run_program(*tc, "qdisc", "del", "dev", device, "root")
+        scene.testbed.run.events.emit("host.healed", host=host)
+
+    return heal
+
+
 def hide_datastore(scene: Scene) -> Heal:
-    """The folder is not where the hosts look for it."""
+    """It does not answer; or, if it is a folder, it is not where the hosts look for it."""
+    nas = scene.testbed.nas
+    if nas is not None:
+        nas.freeze()
+        return nas.thaw
     folder = scene.testbed.datastore
     hidden = folder.with_name("datastore-away")
     folder.rename(hidden)

@@ -9,18 +9,22 @@ Nothing else runs on the testbed: no client, no capture. One world holds one lab
 
 import dataclasses
 import json
+import statistics
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.run import Options, Run
 from experiments.testbed import Testbed
 from experiments.timeline import Timeline, timeline
 from experiments.world import run as run_program
 from hosts.announce import SCHEDULE_MS
+from hosts.availability import Availability
 from hosts.policy import Policy
 from hosts.source import Outcome
 from hosts.transport import Transport
@@ -30,6 +34,17 @@ from topologies.plan import DEFAULT_PLAN, VM, Plan, read_plan, validate
 from topologies.units import format_bitrate, format_size, parse_bitrate, parse_percent, parse_rate, parse_size
 
 _IPERF_S = 2
+_ROOT = Path(__file__).parent.parent
+_TIMING = (sys.executable, "-m", "experiments.storage_timing")
+_RESTARTED_WITHIN_S = 30.0
+
+
+class StorageTimes(NamedTuple):
+    """Of a 4 KiB write: over NFS, where the NAS has its files, and the way there and back."""
+
+    nfs: float
+    local: float
+    round_trip: float
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,50 @@ class Laboratory:
         """Pages that the VM's workload has written."""
         status = self.testbed.vcenter.status()[self.testbed.vcenter.places[self.vm.name]]
         return int(status["vms"][self.vm.name]["work"])
+
+    def storage_us(self) -> "StorageTimes":
+        """Medians of a 4 KiB write, in microseconds (experiments/storage_timing.py), now."""
+        first, nas = self.plan.hosts[0], self.testbed.nas
+        if nas is None:
+            raise TestbedError("there is no NAS on this testbed")
+        ip = nas.plan.management
+        server = self.testbed.popen(nas.plan.name)([*_TIMING, "serve", ip], cwd=_ROOT, stdout=subprocess.PIPE)
+        try:
+            server.stdout.readline()
+            round_trips = self._timed(first.name, "ask", ip)
+        finally:
+            server.kill()
+            server.communicate()
+        local = json.loads(run_program(*_TIMING, "local", str(nas.folder)))
+        over_nfs = self._timed(first.name, "nfs", self.testbed.where)
+        return StorageTimes(*(statistics.median(times) for times in (over_nfs, local, round_trips)))
+
+    def _timed(self, node: str, *words: str) -> list[float]:
+        times: list[float] = json.loads(run_program("mnexec", "-a", str(self.testbed.net[node].pid), *_TIMING, *words))
+        return times
+
+    def power_cycle_s(self) -> float:
+        """How long a power-on takes, from the order to a VM that runs."""
+        vcenter = self.testbed.vcenter
+        vcenter.power_off(self.vm.name)
+        began = time.monotonic()
+        vcenter.power_on(self.vm.name)
+        return time.monotonic() - began
+
+    def restart_after_death_s(self) -> float:
+        """A host's power fails: how long until its VM runs on the other one."""
+        testbed, vcenter, vm = self.testbed, self.testbed.vcenter, self.vm.name
+        host = vcenter.places[vm]
+        with Availability(vcenter):
+            began = time.monotonic()
+            testbed.kill_host(host)
+            while vcenter.places[vm] == host:
+                if time.monotonic() - began > _RESTARTED_WITHIN_S:
+                    raise TestbedError(f"VM {vm} was not restarted within {_RESTARTED_WITHIN_S:g} s")
+                time.sleep(0.01)
+            took = time.monotonic() - began
+        testbed.restart_agent(host)
+        return took
 
     def iperf3(self) -> float:
         """TCP payload rate from the first host to the second over the vMotion cable, Mbit/s."""

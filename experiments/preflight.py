@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from experiments.world import run
+from hosts.nfs import NfsMissing, library
 from topologies.errors import TestbedError, UsageError
 from topologies.plan import Plan
 from topologies.units import format_size
@@ -53,6 +54,27 @@ def check_machine(plan: Plan) -> None:
             f"RAM of {format_size(sum(vm.ram for vm in plan.vms))} is on both hosts during a migration: with the "
             f"testbed that takes {format_size(needed)}, there are {format_size(available)} left; choose less --ram"
         )
+
+
+def check_nfs() -> None:
+    """Before a run whose datastore is on the NAS; UsageError names what is missing for that."""
+    ganesha = shutil.which("ganesha.nfsd")
+    there = {
+        "the program ganesha.nfsd": ("nfs-ganesha", ganesha),
+        "the program rpcbind": ("rpcbind", shutil.which("rpcbind")),
+        "libfsalvfs.so, by which ganesha exports a folder,": ("nfs-ganesha-vfs", ganesha and _has_vfs(Path(ganesha))),
+    }
+    for what, (package, is_there) in there.items():
+        if not is_there:
+            raise UsageError(f"{what} is missing; apt-get install {package} brings it, or use --datastore local")
+    try:
+        library()
+    except NfsMissing as error:
+        raise UsageError(str(error)) from error
+
+
+def _has_vfs(ganesha: Path) -> bool:
+    return any(any(ganesha.parents[1].glob(f"{lib}/ganesha/libfsalvfs.so")) for lib in ("lib*", "lib/*"))
 
 
 def check_kernel(plan: Plan) -> None:

@@ -6,6 +6,7 @@ ping          ICMP echo every 10 ms; the VM's kernel answers
 udp           a numbered datagram every millisecond to the echo service
 transactions  one TCP connection to the transaction server: one transfer after the other, audited at the end
 bulk          one TCP connection that reads the bulk stream and verifies every byte
+steadfast     transactions over as many connections as it takes, for a VM that may be started again
 
 with Probes(c1.popen, "10.0.0.11", folder, seed) as probes:    # all four have had their first answer
     ...                                                        # the migration
@@ -28,6 +29,7 @@ from topologies.errors import TestbedError
 READY_TIMEOUT_S = 10.0  # a probe starts in 0.3 s; the rest is for ARP and SYN retransmissions
 STOP_TIMEOUT_S = streams.ANSWER_TIMEOUT_S + 30.0  # the outstanding answer, then the audit
 KINDS = ("ping", "udp", "transactions", "bulk")
+STEADFAST = "steadfast"
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -99,11 +101,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.probes", description="One probe of a VM, until SIGTERM."
     )
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=(*KINDS, STEADFAST))
     parser.add_argument("--target", required=True, metavar="IP")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
     parser.add_argument("--seed", type=int, default=1, help="of the transactions; each client of a VM needs its own")
     parser.add_argument("--interval-ms", type=float, default=streams.INTERVAL_MS, help="between two transactions")
+    parser.add_argument("--patience-s", type=float, default=streams.ANSWER_TIMEOUT_S, help="steadfast: for an answer")
     options = parser.parse_args()
     stop = Stop()
     try:
@@ -126,8 +129,10 @@ def _probe(options: argparse.Namespace, stop: Stop) -> msgspec.Struct:
             return echo.udp(target, stop)
         case "transactions":
             return streams.transactions(target, options.seed, stop, options.interval_ms)
-        case _:
+        case "bulk":
             return streams.bulk(target, stop)
+        case _:
+            return streams.steadfast(target, options.seed, stop, options.interval_ms, options.patience_s)
 
 
 if __name__ == "__main__":

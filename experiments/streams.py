@@ -3,6 +3,9 @@
 When a connection breaks, that is a finding and not an error: the result says so, and the probe stays until
 SIGTERM, so that the silence after it has its true length. "Survived" means that one and the same connection
 served the right answers, or the right bytes, to the end.
+
+The steadfast client is for a VM that may be started again meanwhile: it connects as often as it takes, and repeats
+the transfer that was not acknowledged.
 """
 
 import random
@@ -11,7 +14,7 @@ import struct
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -23,7 +26,11 @@ from topologies.errors import TestbedError
 INTERVAL_MS = 1.0  # at most a transaction per ms: the resolution of a stall
 CONNECT_TIMEOUT_S = 10
 ANSWER_TIMEOUT_S = 60.0  # longer than any switchover: a stalled connection is slow, not dead
-SILENCE_POLL_S = 0.1  # how late a reader of a silent bulk stream notices SIGTERM
+SILENCE_POLL_S = 0.1  # how late a silent connection notices SIGTERM, or that its patience is over
+# How long a steadfast client that is to stop still waits for an answer on the connection that it has: TCP's next try
+# comes as long after a silence as that has lasted, or twice that
+AT_THE_END_S = 15.0
+_RECONNECT_EVERY_S = 0.2
 BULK_READ_BYTES = 65536
 BULK_GRAIN_NS = 1_000_000  # at most two arrival times are kept per ms: 1 MB a minute
 
@@ -54,6 +61,7 @@ class TransactionsResult(msgspec.Struct, frozen=True):
     duplicated: int
     total_conserved: bool | None
     arrived_ns: list[int]  # of each answer
+    connections: int = 1
 
 
 class BulkResult(msgspec.Struct, frozen=True):
@@ -148,9 +156,9 @@ class Arrivals:
 # ---------------------------------------------------------------- the connections
 
 
-def _connect(target: str, port: int, silence_s: float) -> socket.socket:
+def _connect(target: str, port: int, silence_s: float, connect_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
     """A connection whose recv ends with BlockingIOError after a silence, without a poll before each recv."""
-    sock = socket.create_connection((target, port), CONNECT_TIMEOUT_S)
+    sock = socket.create_connection((target, port), connect_s)
     sock.settimeout(None)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(silence_s), int(silence_s % 1 * 1e6)))
@@ -160,24 +168,36 @@ def _connect(target: str, port: int, silence_s: float) -> socket.socket:
 class TransactionClient:
     """A client of the transaction server: transfers in a closed loop, then a look at the whole ledger."""
 
-    def __init__(self, sock: socket.socket, client: int, interval_ms: float = INTERVAL_MS) -> None:
+    def __init__(
+        self,
+        client: int,
+        interval_ms: float = INTERVAL_MS,
+        gives_up: Callable[[float], bool] = lambda waited_s: waited_s > ANSWER_TIMEOUT_S,
+    ) -> None:
+        """`gives_up`: whether an answer that has not come after so many seconds will not come."""
         from hosts import ledger  # numpy: 0.1 s that the other probes need not spend
 
         self._wire = ledger
-        self._socket = sock
+        self._socket: socket.socket
+        self._gives_up = gives_up
         self.client = client
+        self._transfers = transfers(client, ledger.ACCOUNTS)
+        self._open: tuple[int, int, int, int] | None = None  # a transfer that is not acknowledged
         self._interval_ns = int(interval_ms * 1e6)
         self.sent = 0
         self.entries = array("Q")  # that the transfers 1, 2, 3, ... have become
         self.arrived_ns = array("q")
 
+    def use(self, sock: socket.socket) -> None:
+        self._socket = sock
+
     def run(self, stop: Stop) -> None:
         """Transfer until SIGTERM; BrokenConnectionError or OSError when the connection does not last."""
-        for transfer in transfers(self.client, self._wire.ACCOUNTS):
-            if stop.at_ns:
-                break
+        while self._open or not stop.at_ns:
+            self._open = self._open or next(self._transfers)
             begin_ns = time.monotonic_ns()
-            self._transfer(*transfer)
+            self._transfer(*self._open)
+            self._open = None
             if len(self.entries) == 1:
                 say_ready()
             time.sleep(max(0, begin_ns + self._interval_ns - time.monotonic_ns()) / 1e9)
@@ -192,7 +212,7 @@ class TransactionClient:
     def _transfer(self, sequence: int, source: int, target: int, amount: int) -> None:
         wire = self._wire
         self._socket.sendall(wire.REQUEST.pack(wire.TRANSFER, self.client, sequence, source, target, amount))
-        self.sent += 1
+        self.sent = sequence
         kind, answered, entry = wire.REPLY.unpack(self._receive(wire.REPLY.size))
         now_ns = time.monotonic_ns()
         if (kind, answered) != (wire.DONE, sequence):
@@ -217,12 +237,15 @@ class TransactionClient:
                 return records, total
 
     def _receive(self, length: int) -> bytes:
-        data = b""
+        data, began = b"", time.monotonic()
         while len(data) < length:
             try:
                 more = self._socket.recv(length - len(data))
             except BlockingIOError:
-                raise BrokenConnectionError(f"no answer for {ANSWER_TIMEOUT_S:.0f} s") from None
+                waited_s = time.monotonic() - began
+                if self._gives_up(waited_s):
+                    raise BrokenConnectionError(f"no answer for {waited_s:.0f} s") from None
+                continue
             if not more:
                 raise BrokenConnectionError("the VM closed the connection")
             data += more
@@ -237,9 +260,10 @@ def transactions(target: str, seed: int, stop: Stop, interval_ms: float = INTERV
     from hosts import ledger
 
     failure, verdict, conserved = "", Audit(0, 0, 0), None
-    with _connect(target, ledger.PORT, ANSWER_TIMEOUT_S) as sock:
+    with _connect(target, ledger.PORT, SILENCE_POLL_S) as sock:
         local_port = sock.getsockname()[1]
-        client = TransactionClient(sock, random.Random(seed).getrandbits(32), interval_ms)
+        client = TransactionClient(random.Random(seed).getrandbits(32), interval_ms)
+        client.use(sock)
         try:
             with prompt():
                 client.run(stop)
@@ -262,6 +286,50 @@ def transactions(target: str, seed: int, stop: Stop, interval_ms: float = INTERV
         **verdict._asdict(),
         total_conserved=conserved,
         arrived_ns=client.arrived_ns.tolist(),
+    )
+
+
+def steadfast(target: str, seed: int, stop: Stop, interval_ms: float, patience_s: float) -> TransactionsResult:
+    """The same over as many connections as it takes; an answer that takes longer than `patience_s` does not come."""
+    from hosts import ledger
+
+    def gives_up(waited_s: float) -> bool:
+        stopping_s = (time.monotonic_ns() - stop.at_ns) / 1e9 if stop.at_ns else 0.0
+        return waited_s > patience_s or stopping_s > AT_THE_END_S
+
+    client = TransactionClient(random.Random(seed).getrandbits(32), interval_ms, gives_up)
+    connections, local_port, failure = 0, 0, ""
+    verdict, conserved = Audit(0, 0, 0), None
+    deadline = None
+    while deadline is None or time.monotonic() < deadline:
+        try:
+            with _connect(target, ledger.PORT, SILENCE_POLL_S, connect_s=1.0) as sock:
+                connections, local_port = connections + 1, sock.getsockname()[1]
+                client.use(sock)
+                with prompt():
+                    client.run(stop)
+                verdict, conserved = client.audit()
+            failure = ""
+            break
+        except (OSError, BrokenConnectionError) as error:
+            failure = str(error)
+        if stop.at_ns:
+            deadline = deadline or time.monotonic() + AT_THE_END_S + CONNECT_TIMEOUT_S
+        time.sleep(_RECONNECT_EVERY_S)
+    stop.wait()
+    return TransactionsResult(
+        connection_survived=not failure and connections == 1,
+        failure=failure,
+        stopped_ns=stop.at_ns,
+        client=client.client,
+        local_port=local_port,
+        retransmits=0,
+        sent=client.sent,
+        acked=len(client.entries),
+        **verdict._asdict(),
+        total_conserved=conserved,
+        arrived_ns=client.arrived_ns.tolist(),
+        connections=connections,
     )
 
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from experiments.preflight import check_machine
+from experiments.preflight import check_machine, check_nfs
 from experiments.world import run_inside
 from topologies.plan import read_plan
 
@@ -14,6 +14,7 @@ def main(arguments: list[str]) -> int:
     import pytest
 
     check_machine(read_plan())
+    check_nfs()
     sys.stdout.flush()
     chosen = arguments if any(not word.startswith("-") for word in arguments) else [*arguments, str(_ROOT / "tests")]
     return run_inside(lambda: int(pytest.main(["--rootdir", str(_ROOT), *chosen])))

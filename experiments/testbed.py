@@ -26,6 +26,7 @@ from experiments.world import PRIVATE, open_vswitch, widen_port_buffers
 from hosts.control import MANAGER, issue_certificates
 from hosts.processes import end_behind
 from hosts.vcenter import VCenter
+from hosts.vmx import SUFFIX
 from topologies.errors import TestbedError, UsageError
 from topologies.events import find, read_events
 from topologies.plan import Nas as NasPlan
@@ -36,6 +37,7 @@ _ROOT = Path(__file__).parent.parent
 _CONTROLLER_PORT = 6653
 # Enough of a frame for every header and a small request; the RAM itself need not be kept.
 HEADERS_BYTES = 192
+_STORAGE_BYTES = 640  # of NFS, whose handles are long: all but the contents of large reads and writes
 _UP_WITHIN_S = 20.0
 _GUESTS = PRIVATE / "guests"  # each host's guests listen here: a short path, for a socket's name has 108 bytes
 _DOWN_WITHIN_S = 15.0
@@ -91,11 +93,14 @@ class Testbed:
         names += [self.nas.plan.name] if self.nas else []
         for name in [*names, plan.switch]:
             links = [intf.name for intf in self.net[name].intfList() if intf.link]
-            interfaces = [(link, HEADERS_BYTES) for link in links]
+            interfaces = [(link, _STORAGE_BYTES if self._is_storage(link) else HEADERS_BYTES) for link in links]
             if name == plan.switch:
                 interfaces.append(("lo", WHOLE_FRAMES))
             nodes.append(CaptureNode(name, Popen if name == plan.switch else self.popen(name), tuple(interfaces)))
         return Capture(self.run.pcap, nodes)
+
+    def _is_storage(self, link: str) -> bool:
+        return link.endswith("-vmnic2") or (self.nas is not None and link.startswith(f"{self.nas.plan.name}-"))
 
     def agent_memory_bytes(self) -> dict[str, int]:
         """Each agent's memory beside the guests' RAM, of those that answer."""
@@ -107,8 +112,14 @@ class Testbed:
         self.children[f"agent-{host}"].kill()
         self.run.events.emit("agent.killed", host=host)
 
+    def kill_host(self, host: str) -> None:
+        """A power failure: kill -9 of its agent and of all that its VMs are. `restart_agent` is its return."""
+        self.kill_agent(host)
+        self.end_vms(host)
+        self.run.events.emit("host.killed", host=host)
+
     def restart_agent(self, host: str) -> None:
-        """A new agent of a host whose agent was killed; it has adopted the host's VMs when this returns."""
+        """A new agent of a host whose agent was killed; it has adopted what VMs there are when this returns."""
         before = self._listened(host)
         self._launch_agent(host)
         self._await(f"agent-{host}", partial(self._has_listened, host, before + 1))
@@ -210,6 +221,11 @@ class Testbed:
         """An agent ends its VMs, but one that was killed and not restarted has left them."""
         for host in self.run.plan.hosts:
             self.end_vms(host.name)
+
+    def kill_vmx(self, host: str, vm: str) -> None:
+        """kill -9 of a VM's vmx, and by that of the VM."""
+        end_behind(_GUESTS / host / f"{vm}{SUFFIX}")
+        self.run.events.emit("vmx.killed", host=host, vm=vm)
 
     def end_vms(self, host: str) -> None:
         """kill -9 of everything that is a VM on a host."""

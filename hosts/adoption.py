@@ -66,7 +66,11 @@ def settle(machine: Machine, state: str) -> bool:
         newest = site.datastore.newest(vm)
         if newest is None:  # whoever runs has a claim: this is not the datastore on which it was made
             raise DatastoreError(f"VM {vm} is here, and its datastore has never heard of it; is it mounted?")
-        match fate(newest, site.host.name, state):
+        if newest.generation < machine.generation:
+            raise DatastoreError(f"VM {vm}: generation {machine.generation} is gone from its datastore")
+        # a LINK of ours may still be on its way: only a LINK tells whether the generation is to be had
+        undecided = newest.generation < machine.unsettled
+        match Fate.RUNS_AGAIN if undecided else fate(newest, site.host.name, state):
             case Fate.DISCARDED:
                 machine.dismantle()
                 machine.emit("vm.discarded", state=state, owner=newest.host)
@@ -76,6 +80,7 @@ def settle(machine: Machine, state: str) -> bool:
                 machine.emit("vm.adopted", state=state, generation=machine.generation)
                 return True
             case Fate.RUNS_AGAIN if lease := site.datastore.claim(vm, newest.generation + 1, site.host.name):
+                machine.emit("vm.resuming", generation=lease.generation)
                 machine.own(lease)
                 machine.open_gate()
                 machine.guest.run()

@@ -33,7 +33,7 @@ from hosts.guest import GuestEnded
 from hosts.machine import Machine, Site
 from hosts.protocol import Hello, Join
 from hosts.source import Outcome, OutgoingMigration
-from hosts.store import Store, open_store
+from hosts.store import open_store
 from hosts.stream import PEER_TIMEOUT_S, Stream, StreamLost
 from hosts.vm_log import VmLog
 from hosts.vmotion_port import VmotionPort
@@ -50,7 +50,6 @@ _TIMEOUTS_UNTIL_GIVEN_UP = 10
 # A round makes objects by the thousand and no cycles: the collector need not look so often (the default is 700, 10,
 # 10). Netlink's messages are cycles, some hundred objects in each migration.
 _COLLECT = (10_000, 10, 10)
-_MOUNTED_WITHIN_S = 15.0
 _LOOK_AFTER_S = 0.5
 
 
@@ -83,6 +82,8 @@ class Agent:
         match request:
             case control.Create():
                 return self._create(request)
+            case control.Delete():
+                return self._delete(request)
             case control.Register():
                 return self._described(request.vm)
             case control.PowerOn():
@@ -116,6 +117,14 @@ class Agent:
         check_vm(vm, self.site.host)
         with self._reserved(vm.name), self._storage(vm.name):
             self.site.folder_of(vm.name).create(vm)
+        return {}
+
+    def _delete(self, request: control.Delete) -> dict[str, Any]:
+        with self._reserved(request.vm), self._storage(request.vm):
+            newest = self.site.datastore.newest(request.vm)
+            if request.vm in self.machines or (newest is not None and newest.running):
+                raise AgentError(f"VM {request.vm} is not off; power it off first")
+            self.site.folder_of(request.vm).delete()
         return {}
 
     def _described(self, vm: str) -> VM:
@@ -161,11 +170,13 @@ class Agent:
             undo.pop_all()
             undo.callback(self._bury, machine, "it could not be powered on")
             machine.own(lease)
-            site.vm_log.begin(vm.name)
             with self._storage(vm.name):
                 nvram = site.folder_of(vm.name).nvram()
+            now_ns = time.monotonic_ns()
+            machine.emit("vm.powering_on", t=now_ns, generation=generation, stalled=not machine.vmx.page.lasts)
             booted = machine.guest.power_on(nvram)
             machine.open_gate()
+            machine.prepare()
             undo.pop_all()
         self.machines[vm.name] = machine
         disk = {"entries": booted.entries, "replayed": booted.replayed}
@@ -214,6 +225,7 @@ class Agent:
             undo.callback(draft.discard)
             machine = Machine.build(self.site, vm, request.announce, request.schedule_ms)
             undo.callback(machine.dismantle)
+            machine.prepare()
             incoming = IncomingMigration(machine, request.migration, draft, request.encrypt)
             incoming.expire_after(self._patience_s, self._expire)
             with self.lock:
@@ -225,7 +237,7 @@ class Agent:
     def _migrate(self, request: control.Migrate, notify: control.Notify) -> Outcome:
         with self._reserved(request.vm):
             machine = self._machine(request.vm)
-            if machine.owner_unknown:
+            if machine.unsettled:
                 raise AgentError(f"VM {request.vm} is suspended on {self.name}: it could not be learned who owns it")
 
             def connect(role: str) -> Stream:
@@ -316,26 +328,32 @@ class Agent:
         """For ever: a VM whose guest has ended and that is another's is taken away; one that waits for word gets it."""
         while not self._closed.wait(_LOOK_AFTER_S):
             for vm, machine in list(self.machines.items()):
-                if machine.owner_unknown or not machine.is_alive:
-                    try:
+                try:
+                    if machine.unsettled and machine.is_alive:
                         with self._reserved(vm):
-                            self._look_at(vm, machine)
-                    except TestbedError as error:  # busy, or no word yet
-                        self._note_unsettled(vm, str(error))
+                            self._settle(vm, machine)
+                    elif not machine.is_alive and not self._is_ours(vm):
+                        with self._reserved(vm):
+                            self._take_away(vm, machine)
+                except TestbedError as error:  # busy, or no word yet
+                    self._note_unsettled(vm, str(error))
 
-    def _look_at(self, vm: str, machine: Machine) -> None:
-        if self.machines.get(vm) is not machine:
-            return
-        if machine.is_alive:
+    def _settle(self, vm: str, machine: Machine) -> None:
+        if self.machines.get(vm) is machine:
             if not settle(machine, machine.guest.state):
                 del self.machines[vm]
-            machine.owner_unknown = False
-            return
+            machine.unsettled = 0
+
+    def _is_ours(self, vm: str) -> bool:
+        """Its guest may be dead, but it is for us to power it on again."""
         newest = self.site.datastore.newest(vm)
-        if newest is None or newest.host != self.name or not newest.running:
+        return newest is not None and newest.running and newest.host == self.name
+
+    def _take_away(self, vm: str, machine: Machine) -> None:
+        if self.machines.get(vm) is machine:
             del self.machines[vm]
             machine.dismantle()
-            machine.emit("vm.discarded", state="dead", owner=newest.host if newest else "")
+            machine.emit("vm.discarded", state="dead")
 
     def _note_unsettled(self, vm: str, why: str) -> None:
         """Once for each reason."""
@@ -398,27 +416,18 @@ class Agent:
             why = repr(error)
             self.log(traceback.format_exc())
         try:
-            if machine.owner_unknown:
-                self._keep(machine)
+            if incoming.arrived or machine.unsettled:
+                with self.lock:
+                    self.machines[machine.vm.name] = machine
             elif machine.generation == 0:  # it never came to the point of no return
                 self._discard(incoming, why)
-            elif not incoming.arrived:
-                self._bury(machine, why, migration=incoming.migration)
             else:
-                self._keep(machine)
+                self._bury(machine, why, migration=incoming.migration)
         finally:
             with self.lock:
                 self.busy.discard(machine.vm.name)
                 del self.receiving[hello.migration]
                 incoming.ended.set()
-
-    def _keep(self, machine: Machine) -> None:
-        """It has come; with a new log, if it is ours."""
-        if machine.generation:
-            self.site.vm_log.begin(machine.vm.name)
-            machine.emit("vm.arrived", generation=machine.generation)
-        with self.lock:
-            self.machines[machine.vm.name] = machine
 
     def _bury(self, machine: Machine, why: str, **fields: Any) -> None:
         """It was ours and cannot go on: it is off, and can be powered on again anywhere."""
@@ -485,8 +494,10 @@ class Agent:
         coming = [incoming.machine for incoming in (*self.arriving.values(), *late)]
         with ExitStack() as steps:  # each, whatever becomes of the others
             steps.callback(self.site.vm_log.close)
-            for machine in (*coming, *self.machines.values()):
+            for machine in coming:
                 steps.callback(machine.dismantle)
+            for machine in self.machines.values():
+                steps.callback(self._bury, machine, f"{self.name} was shut down")
 
 
 def _said_of(machine: Machine) -> dict[str, Any]:
@@ -504,18 +515,6 @@ def memory_bytes(pid: int | str = "self") -> int:
     return sum(int(values[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile"))
 
 
-def _mounted(where: str) -> Store:
-    """A NAS may come up together with its hosts."""
-    deadline = time.monotonic() + _MOUNTED_WITHIN_S
-    while True:
-        try:
-            return open_store(where)
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise AgentError(f"the datastore {where} cannot be mounted: {error}") from error
-            time.sleep(0.2)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m hosts.agent", description="The agent of one host.")
     for option in ("--plan", "--host", "--certificates", "--datastore", "--guests", "--events", "--logs"):
@@ -527,7 +526,7 @@ def main() -> int:
     site = Site(
         host=host,
         where=options.datastore,
-        datastore=Datastore(_mounted(options.datastore)),
+        datastore=Datastore(open_store(options.datastore)),
         vm_log=VmLog(options.datastore, host.name, lambda line: print(line, file=sys.stderr, flush=True)),
         events=EventLog(options.events, host.name),
         logs=Path(options.logs),

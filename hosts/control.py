@@ -11,7 +11,7 @@ import ssl
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -25,7 +25,7 @@ MANAGER = "vcenter"
 _MAX_LINE_BYTES = 1 << 20
 _HANDSHAKE_TIMEOUT_S = 5.0
 # An agent reports at least every round; the longest silence is filling the RAM of a large VM.
-_ANSWER_TIMEOUT_S = 180.0
+ANSWER_WITHIN_S = 180.0
 _UNHEARD_TIMEOUT_S = 10.0
 
 
@@ -35,6 +35,10 @@ class ControlError(TestbedError):
 
 class AgentGone(ControlError):
     """There was no answer: what the agent has made of the request is not known."""
+
+
+# A VM's name becomes part of paths on a datastore and of sockets' names
+VmName = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9]{0,7}\Z")]
 
 
 class Request(msgspec.Struct, tag=True, frozen=True):
@@ -47,10 +51,16 @@ class Create(Request, frozen=True):
     vm: VM
 
 
+class Delete(Request, frozen=True):
+    """Remove all files of a VM that is off."""
+
+    vm: VmName
+
+
 class Register(Request, frozen=True):
     """Replies the VM of these files, if this host could run it."""
 
-    vm: str
+    vm: VmName
 
 
 class PowerOn(Request, frozen=True):
@@ -59,7 +69,7 @@ class PowerOn(Request, frozen=True):
     Replies {"generation", "tracking", "entries", "replayed"}: its ledger's, as its disk had them.
     """
 
-    vm: str
+    vm: VmName
     announce: str
     schedule_ms: tuple[int, ...]
 
@@ -67,19 +77,19 @@ class PowerOn(Request, frozen=True):
 class Restart(Request, frozen=True):
     """The same of a VM whose host is dead: only if its owner's pulse stands still for a lease (hosts/ownership.py)."""
 
-    vm: str
+    vm: VmName
     announce: str
     schedule_ms: tuple[int, ...]
 
 
 class PowerOff(Request, frozen=True):
-    vm: str
+    vm: VmName
 
 
 class Prepare(Request, frozen=True):
     """Make ready for a VM to come, in TLS only if `encrypt`. Replies {"token", "ip", "port"}: where to connect."""
 
-    vm: str
+    vm: VmName
     migration: str
     announce: str
     schedule_ms: tuple[int, ...]
@@ -92,7 +102,7 @@ class Migrate(Request, frozen=True):
     It goes on if its caller goes away; Status tells of it, Cancel ends it.
     """
 
-    vm: str
+    vm: VmName
     migration: str
     ip: str
     port: int
@@ -125,7 +135,7 @@ class Status(Request, frozen=True):
 class Owner(Request, frozen=True):
     """Replies the newest Claim of a VM on the datastore (hosts/datastore.py), None if it never ran."""
 
-    vm: str
+    vm: VmName
 
 
 class Break(Request, frozen=True):
@@ -153,6 +163,7 @@ class Refusal(msgspec.Struct, tag=True, frozen=True):
 
 _requests = msgspec.json.Decoder(
     Create
+    | Delete
     | Register
     | PowerOn
     | Restart
@@ -276,15 +287,15 @@ class _Connection(socketserver.BaseRequestHandler):
 class AgentClient:
     """A connection to one host's agent."""
 
-    def __init__(self, host: str, ip: str, certificates: Path) -> None:
-        self.host = host
+    def __init__(self, host: str, ip: str, certificates: Path, answer_within_s: float = ANSWER_WITHIN_S) -> None:
+        self.host, self._answer_within_s = host, answer_within_s
         context = tls_context(certificates, MANAGER, server=False)
         try:
-            plain = socket.create_connection((ip, PORT), _HANDSHAKE_TIMEOUT_S)
+            plain = socket.create_connection((ip, PORT), min(answer_within_s, _HANDSHAKE_TIMEOUT_S))
             self._socket = context.wrap_socket(plain, server_hostname=ip)
         except OSError as error:
             raise AgentGone(f"host {host}: its agent at {ip} cannot be reached: {error}") from error
-        self._socket.settimeout(_ANSWER_TIMEOUT_S)
+        self._socket.settimeout(self._answer_within_s)
         self._lines = self._socket.makefile("rb")
         self.broken = False
 
@@ -316,7 +327,7 @@ class AgentClient:
         try:
             self._socket.recv(1)  # the end, or a word that nobody asked for
         except ssl.SSLWantReadError:
-            self._socket.settimeout(_ANSWER_TIMEOUT_S)
+            self._socket.settimeout(self._answer_within_s)
             return True
         except OSError:
             return False

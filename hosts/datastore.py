@@ -103,7 +103,10 @@ class Datastore:
         DatastoreError if it cannot be told, also because the generation before it is not there.
         """
         draft = self.draft(vm, generation, host, running)
-        return draft.take(patience_s) if draft else None
+        lease = draft.take(patience_s) if draft else None
+        if draft and lease:
+            draft.discard()
+        return lease
 
     def draft(self, vm: str, generation: int, host: str, running: bool = True) -> "Draft | None":
         """Make everything ready for a generation to be taken; None if it is gone already."""
@@ -232,7 +235,7 @@ class Draft:
         return self.claim.nonce
 
     def discard(self) -> None:
-        """It will not be taken. What cannot be taken away now, the next owner does (Keeper.collect)."""
+        """Its other name is not needed any more. If it cannot be taken away now, an owner does it (Keeper.collect)."""
         with contextlib.suppress(OSError):
             self._store.unlink(self.path)
 

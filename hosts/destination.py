@@ -13,6 +13,7 @@ fill          post-copy only: the pages named in the bitmap, those first that th
 import hmac
 import secrets
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -128,7 +129,7 @@ class IncomingMigration:
         except OwnerUnknown as error:  # an ABORT would say that it cannot be ours
             if stream.session.may("lost"):
                 stream.session.step("lost")
-            self.machine.owner_unknown = True
+            self.machine.unsettled = self.draft.claim.generation
             raise IncomingUnknown(str(error)) from error
         except (TestbedError, OSError) as error:
             if not isinstance(error, StreamLost | PeerAborted):
@@ -282,9 +283,9 @@ class IncomingMigration:
 
     def resume(self, stream: Stream) -> None:
         machine = self.machine
-        machine.open_gate()
-        self._emit("gate.opened")
-        self._emit("vm.resuming")
+        now_ns = time.monotonic_ns()  # not later: if its lease ends now, it has been resumed before it stands still
+        stalled = not machine.open_gate()
+        self._emit("vm.resuming", t=now_ns, stalled=stalled)
         # the guest's thaw and the switch's relearning run side by side
         machine.guest.run(meanwhile=lambda: machine.announcer.start(self._announced))
         self._emit("vm.resumed")

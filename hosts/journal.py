@@ -64,7 +64,7 @@ _SEAL, _HEADER = struct.Struct("!4sI"), struct.Struct("!QQQ")
 _RECORDS_BYTES = SECTOR_RECORDS * RECORD.itemsize
 _SLOTS_AT = SECTOR_BYTES
 _RING_AT = _SLOTS_AT + 2 * _CHECKPOINT.itemsize
-_MAX_WRITE_SECTORS = 64 * 1024 // SECTOR_BYTES  # what NFS servers take in one piece, all of them
+_MAX_WRITE_SECTORS = 64 * 1024 // SECTOR_BYTES  # in a longer one the first records would wait for the last
 _MAX_READ_SECTORS = 2**20 // SECTOR_BYTES
 MIN_DISK_BYTES = _RING_AT + 8 * SECTOR_BYTES  # with half of a smaller ring filled, there may be no sector to go on in
 
@@ -117,7 +117,7 @@ class Journal:
         ledger = self._ledger
         durable, covered, entries = ledger.durable, ledger.covered, ledger.entries
         if ledger.checkpoint < ledger.boot or durable - covered >= self._sectors * SECTOR_RECORDS // 2:
-            return self._checkpoint(generation)
+            return self.checkpoint(generation)
         if durable == entries:
             return None
         first = durable // SECTOR_RECORDS
@@ -145,7 +145,7 @@ class Journal:
         else:
             self._ledger.durable = write.entries
 
-    def _checkpoint(self, generation: int) -> Write:
+    def checkpoint(self, generation: int) -> Write:
         """Of what is durable, not of all that was applied: so each entry that it covers has its record on the disk."""
         ledger = self._ledger
         serial = ledger.checkpoint + 1
@@ -305,3 +305,23 @@ def _blocks(read: Callable[[int, int], bytes], offset: int, count: int, kind: np
     if len(data) != count * kind.itemsize:
         raise JournalError(f"the disk gave {len(data)} bytes at {offset}, not {count * kind.itemsize}")
     return np.frombuffer(data, kind)
+
+
+def written_under(read: Callable[[int, int], bytes], disk_bytes: int) -> list[tuple[int, int, int]]:
+    """What the disk itself tells of who wrote when: (first entry, last entry, generation), in the order of the entries.
+
+    Of all sectors that are whole, so of more than a recovery takes; neighbours of one generation are one.
+    """
+    sectors = _ring_sectors(disk_bytes)
+    found = []
+    for start in range(0, sectors, _MAX_READ_SECTORS):
+        blocks = _blocks(read, _offset(start, sectors), min(_MAX_READ_SECTORS, sectors - start), _SECTOR)
+        for block in blocks[_are_whole(blocks)]:
+            last = int(block["last"])
+            found.append(((last - 1) // SECTOR_RECORDS * SECTOR_RECORDS + 1, last, int(block["generation"])))
+    spans: list[tuple[int, int, int]] = []
+    for first, last, generation in sorted(found):
+        if spans and spans[-1][2] == generation:
+            first = spans.pop()[0]
+        spans.append((first, last, generation))
+    return spans

@@ -272,11 +272,14 @@ class LightGuest:
         return recovered
 
     def _flush(self) -> None:
-        """A shut-down: all is on the disk."""
+        """A shut-down: all is on the disk, and the next power-on has nothing to replay."""
         self._commit()
         while self.writing is not None:
             self._note_written()
             self._commit()
+        last = self.writing = self.journal.checkpoint(self.page.generation)
+        self.disk.write(last.offset, last.data)
+        self._note_written()
 
     def _suspend(self) -> DeviceState:
         """Between two steps of the loop nothing is half done: all state is in RAM and in the sockets."""
@@ -411,7 +414,7 @@ class LightGuest:
             self.selector.unregister(sock)
 
     def _serve(self, sock: socket.socket, connection: Connection) -> None:
-        """Do what it has asked for, as far as it takes the answers; an answer waits until all before it is on the disk."""
+        """Do what it has asked for, as far as it takes the answers; each waits until all before it is on the disk."""
         size, at = ledger.REQUEST.size, 0
         while (
             len(connection.received) - at >= size

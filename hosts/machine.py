@@ -62,12 +62,15 @@ class Machine:
     port: VmPort
     announcer: Announcer
     vswitch: str
-    owner_unknown: bool = False  # suspended in a switchover, and the datastore did not answer
+    unsettled: int = 0  # suspended in a switchover: the generation that may be ours, and the datastore did not answer
     _logs: bool = False  # what happens to it goes into its vmware.log, too
 
     @classmethod
     def build(cls, site: Site, vm: VM, mode: str, schedule_ms: tuple[int, ...]) -> "Machine":
-        """RAM, guest, vmx with the disk opened, a dark port, announcement frames; nothing runs, nothing shows."""
+        """RAM, guest, vmx with the disk opened, a dark port; nothing runs, nothing shows.
+
+        The announcement's frames are still in the making: `prepare` waits for them.
+        """
         vswitch, name = site.host.vswitch_of(vm.port_group).name, vm.name
         with ExitStack() as undo:
             announcer = Announcer(mode, vm.mac, str(vm.interface.ip), schedule_ms)
@@ -87,7 +90,6 @@ class Machine:
             undo.callback(_remove_swap, site, vm)
             port = VmPort(vswitch, vm, guest.pid)
             undo.callback(port.remove)
-            announcer.prepare(vswitch)
             undo.pop_all()
         return cls(site, vm, guest, vmx, port, announcer, vswitch)
 
@@ -112,6 +114,10 @@ class Machine:
             undo.pop_all()
         return cls(site, vm, guest, vmx, port, announcer, vswitch)
 
+    def prepare(self) -> None:
+        """From here on it can be announced in no time."""
+        self.announcer.prepare(self.vswitch)
+
     @property
     def generation(self) -> int:
         """The one under which this host owns it, 0 while it does not."""
@@ -130,14 +136,18 @@ class Machine:
 
     def own(self, lease: Lease) -> None:
         """It is this host's, and may be told to run."""
+        if not self.generation:
+            self.site.vm_log.begin(self.vm.name)
         self._logs = True
         self.vmx.page.grant(lease)
         self.vmx.own(lease, self.guest.pid, self.port.gate)
 
-    def open_gate(self) -> None:
-        """If it may run; else its vmx does so as soon as it may."""
-        if self.vmx.page.lasts:
+    def open_gate(self) -> bool:
+        """Whether it may run; if not, its vmx opens the gate as soon as it may."""
+        lasts = self.vmx.page.lasts
+        if lasts:
             self.port.open()
+        return lasts
 
     def hold(self) -> None:
         """Before a suspend: its vmx keeps the lease, the rest is up to us."""

@@ -5,9 +5,14 @@
         with mount.open("/vm1/vm1-flat.vmdk") as disk:
             disk.write(0, block)
 
-A server that does not answer makes a call fail with NasSilent after `timeout_s`, over and over, until it answers
-again: the library connects anew by itself. Whether a call that failed so has had its effect is not known: reissue it
-if it may be done twice. Every other error of the server is the OSError that its NFS3ERR means (RFC 1813, 2.6).
+A server that does not answer makes a call fail with NasSilent after `timeout_s` at the latest, over and over, until it
+answers again. Whether a call that failed so has had its effect, or is yet to have it, is not known; none is ever sent
+twice. Every other error of the server is the OSError that its NFS3ERR means (RFC 1813, 2.6).
+
+After a silence the next call connects anew, so it waits neither for TCP's back-off nor behind requests that were given
+up: those die with their connection. Open files go on: to NFS version 3 they are names of files, not of connections.
+(The library can connect anew by itself; it then asks a port that nobody listens on some ten thousand times a second,
+and 5.0.2 says so on stdout.)
 
 Calls of one Mount wait for each other; threads that must not wait have a Mount each.
 """
@@ -15,18 +20,24 @@ Calls of one Mount wait for each other; threads that must not wait have a Mount 
 import ctypes
 import errno
 import functools
+import math
 import os
+import re
+import select
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hosts.store import Attributes, StoreSilent
 from topologies.errors import TestbedError
 
-# Debian 12 has .13, Debian 13 and Ubuntu 24.04 .14. In .16 (6.0) pread's and pwrite's arguments have another order.
+# libnfs 4.0 (Debian 12) and 5.0 (Debian 13, Ubuntu 24.04). The next release, 6.0, is .16: there pread's and pwrite's
+# arguments have another order (LIBNFS_API_V2), which .15, never released, may have already.
 _SONAMES = ("libnfs.so.14", "libnfs.so.13")
 _CHANGED = ("libnfs.so.15", "libnfs.so.16", "libnfs.so.17")
-_RECONNECT_FOR_EVER = -1
+_NO_RECONNECTING = 0
+_TRY_AGAIN_S = 0.05
 _CHUNK_BYTES = 1 << 20  # the most that a server takes in one call, as ganesha's default is
 
 
@@ -55,10 +66,6 @@ class _Stat(ctypes.Structure):
     mtime: int
     mtime_nsec: int
 
-    @property
-    def attributes(self) -> Attributes:
-        return Attributes(self.size, self.used, self.uid, self.mtime + self.mtime_nsec / 1e9)
-
 
 class _Entry(ctypes.Structure):
     """The beginning of struct nfsdirent."""
@@ -67,6 +74,8 @@ class _Entry(ctypes.Structure):
 _Entry._fields_ = [("next", ctypes.POINTER(_Entry)), ("name", ctypes.c_char_p)]
 
 _pointer, _int, _u64, _text = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_char_p
+# Called with a call's status (0, a count or minus an errno), context and result, which lasts as long as this call
+_Answered = ctypes.CFUNCTYPE(None, _int, _pointer, _pointer, _pointer)
 _PROTOTYPES: dict[str, tuple[Any, Sequence[Any]]] = {
     "nfs_init_context": (_pointer, ()),
     "nfs_destroy_context": (None, (_pointer,)),
@@ -74,79 +83,91 @@ _PROTOTYPES: dict[str, tuple[Any, Sequence[Any]]] = {
     "nfs_set_version": (_int, (_pointer, _int)),
     "nfs_set_uid": (None, (_pointer, _int)),
     "nfs_set_gid": (None, (_pointer, _int)),
-    "nfs_set_timeout": (None, (_pointer, _int)),
     "nfs_set_autoreconnect": (None, (_pointer, _int)),
     "nfs_set_dircache": (None, (_pointer, _int)),
-    "nfs_mount": (_int, (_pointer, _text, _text)),
-    "nfs_open2": (_int, (_pointer, _text, _int, _int, ctypes.POINTER(_pointer))),
-    "nfs_close": (_int, (_pointer, _pointer)),
-    "nfs_pread": (_int, (_pointer, _pointer, _u64, _u64, _pointer)),
-    "nfs_pwrite": (_int, (_pointer, _pointer, _u64, _u64, _pointer)),
-    "nfs_fsync": (_int, (_pointer, _pointer)),
-    "nfs_ftruncate": (_int, (_pointer, _pointer, _u64)),
-    "nfs_fstat64": (_int, (_pointer, _pointer, ctypes.POINTER(_Stat))),
-    "nfs_stat64": (_int, (_pointer, _text, ctypes.POINTER(_Stat))),
-    "nfs_opendir": (_int, (_pointer, _text, ctypes.POINTER(_pointer))),
+    "nfs_get_fd": (_int, (_pointer,)),
+    "nfs_which_events": (_int, (_pointer,)),
+    "nfs_service": (_int, (_pointer, _int)),
     "nfs_readdir": (ctypes.POINTER(_Entry), (_pointer, _pointer)),
     "nfs_closedir": (None, (_pointer, _pointer)),
-    "nfs_mkdir": (_int, (_pointer, _text)),
-    "nfs_rmdir": (_int, (_pointer, _text)),
-    "nfs_link": (_int, (_pointer, _text, _text)),
-    "nfs_rename": (_int, (_pointer, _text, _text)),
-    "nfs_unlink": (_int, (_pointer, _text)),
-    "nfs_chown": (_int, (_pointer, _text, _int, _int)),
+} | {
+    f"nfs_{name}_async": (_int, (_pointer, *arguments, _Answered, _pointer))
+    for name, arguments in {
+        "mount": (_text, _text),
+        "open2": (_text, _int, _int),
+        "close": (_pointer,),
+        "pread": (_pointer, _u64, _u64),
+        "pwrite": (_pointer, _u64, _u64, _pointer),
+        "fsync": (_pointer,),
+        "ftruncate": (_pointer, _u64),
+        "fstat64": (_pointer,),
+        "stat64": (_text,),
+        "opendir": (_text,),
+        "mkdir": (_text,),
+        "rmdir": (_text,),
+        "link": (_text, _text),
+        "rename": (_text, _text),
+        "unlink": (_text,),
+        "chown": (_text, _int, _int),
+    }.items()
 }
+
+
+_load = ctypes.CDLL
 
 
 @functools.cache
 def library() -> Any:
-    """libnfs; NfsMissing without it."""
-    for soname in _SONAMES:
+    """libnfs; NfsMissing without one that has the functions as they are called here."""
+    known = " or ".join(_SONAMES)
+    for soname in (*_SONAMES, *_CHANGED):
         try:
-            library = ctypes.CDLL(soname)
+            library = _load(soname)
         except OSError:
             continue
+        if soname in _CHANGED:
+            raise NfsMissing(f"{soname} is newer than what is known here, {known}; use --datastore local")
         for name, (result, arguments) in _PROTOTYPES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         return library
-    for soname in _CHANGED:
-        try:
-            ctypes.CDLL(soname)
-        except OSError:
-            continue
-        raise NfsMissing(f"{soname} is newer than what is known here; install one of {', '.join(_SONAMES)}")
-    raise NfsMissing(f"there is no libnfs here; install {' or '.join(_SONAMES)} (libnfs14, libnfs13)")
+    raise NfsMissing(f"there is no {known} here; apt-get install libnfs-utils brings it, or use --datastore local")
+
+
+# Makes of a call's status (0 or a count) and the address of its result what the caller gets
+Take = Callable[[int, int], Any]
+
+
+def _status(status: int, _result: int) -> int:
+    return status
+
+
+def _content(count: int, result: int) -> bytes:
+    return ctypes.string_at(result, count)
+
+
+def _attributes(_status: int, result: int) -> Attributes:
+    found = _Stat.from_buffer_copy(ctypes.string_at(result, ctypes.sizeof(_Stat)))
+    return Attributes(found.size, found.used, found.uid, found.mtime + found.mtime_nsec / 1e9)
 
 
 class Mount:
     """An export of an NFS server, as user `uid` and a group of the same number."""
 
     def __init__(self, ip: str, export: str, uid: int = 0, timeout_s: float = 2.0) -> None:
-        """OSError if there is no such export or no such server."""
+        """It is not asked for before the first call: NasSilent, if there is no such server or export."""
         self.where, self.uid = f"{ip}:{export}", uid
+        self._ip, self._export, self._timeout_s = ip, export, timeout_s
         self._nfs = library()
         self._one_at_a_time = threading.Lock()
-        self._context = self._nfs.nfs_init_context()
-        try:
-            self._nfs.nfs_set_version(self._context, 3)
-            self._nfs.nfs_set_uid(self._context, uid)
-            self._nfs.nfs_set_gid(self._context, uid)
-            self._nfs.nfs_set_timeout(self._context, int(timeout_s * 1000))
-            self._nfs.nfs_set_dircache(self._context, 0)  # what another host has just made must be seen
-            self._call("nfs_mount", ip.encode(), export.encode())
-            self._nfs.nfs_set_autoreconnect(self._context, _RECONNECT_FOR_EVER)  # (a first connection may just fail)
-        except BaseException:
-            self.close()
-            raise
+        self._closed = False
+        self._context: int | None = None  # None: not connected
 
     # ------------------------------------------------------------ files
 
     def open(self, path: str, flags: int = os.O_RDWR, mode: int = 0o640) -> "File":
         """As open(2); O_CREAT makes a file only if O_EXCL is given too (libnfs takes it so)."""
-        handle = _pointer()
-        self._call("nfs_open2", path.encode(), flags, mode, ctypes.byref(handle))
-        return File(self, path, handle)
+        return File(self, path, self._call("open2", path.encode(), flags, mode, take=lambda _, handle: handle))
 
     def read(self, path: str, limit: int) -> bytes:
         """The first `limit` bytes of a file."""
@@ -160,54 +181,55 @@ class Mount:
             file.sync()
 
     def attributes(self, path: str) -> Attributes:
-        found = _Stat()
-        self._call("nfs_stat64", path.encode(), ctypes.byref(found))
-        return found.attributes
+        found: Attributes = self._call("stat64", path.encode(), take=_attributes)
+        return found
 
     def names(self, path: str) -> list[str]:
         """What a folder holds."""
-        folder = _pointer()
-        self._call("nfs_opendir", path.encode(), ctypes.byref(folder))
-        names = []
-        with self._one_at_a_time:  # (these two do not call the server)
+
+        def take(_: int, folder: int) -> list[str]:
+            names = []
             while entry := self._nfs.nfs_readdir(self._context, folder):
-                names.append(entry.contents.name.decode())
+                names.append(os.fsdecode(entry.contents.name))
             self._nfs.nfs_closedir(self._context, folder)
+            return names
+
+        names = self._call("opendir", path.encode(), take=take)
         return [name for name in names if name not in (".", "..")]
 
     def link(self, path: str, new: str) -> None:
-        self._call("nfs_link", path.encode(), new.encode())
+        self._call("link", path.encode(), new.encode())
 
     def rename(self, path: str, new: str) -> None:
-        self._call("nfs_rename", path.encode(), new.encode())
+        self._call("rename", path.encode(), new.encode())
 
     def unlink(self, path: str) -> None:
-        self._call("nfs_unlink", path.encode())
+        self._call("unlink", path.encode())
 
     def mkdir(self, path: str) -> None:
-        self._call("nfs_mkdir", path.encode())
+        self._call("mkdir", path.encode())
 
     def rmdir(self, path: str) -> None:
-        self._call("nfs_rmdir", path.encode())
+        self._call("rmdir", path.encode())
 
     def chown(self, path: str, uid: int) -> None:
         """To a user and the group of the same number."""
-        self._call("nfs_chown", path.encode(), uid, uid)
+        self._call("chown", path.encode(), uid, uid)
 
     def act_as(self, uid: int) -> None:
         """Be another user from here on, and a group of the same number: files that are open stay so."""
         with self._one_at_a_time:
-            self._nfs.nfs_set_uid(self._context, uid)
-            self._nfs.nfs_set_gid(self._context, uid)
             self.uid = uid
+            if self._context:
+                self._nfs.nfs_set_uid(self._context, uid)
+                self._nfs.nfs_set_gid(self._context, uid)
 
     # ------------------------------------------------------------ its end
 
     def close(self) -> None:
         with self._one_at_a_time:
-            if self._context is not None:
-                self._nfs.nfs_destroy_context(self._context)
-                self._context = None
+            self._closed = True
+            self._disconnect()
 
     def __enter__(self) -> "Mount":
         return self
@@ -217,17 +239,97 @@ class Mount:
 
     # ------------------------------------------------------------ calls
 
-    def _call(self, name: str, *arguments: Any) -> int:
+    def _call(self, name: str, *arguments: Any, take: Take = _status) -> Any:
         with self._one_at_a_time:
-            if self._context is None:
+            if self._closed:
                 raise OSError(errno.EBADF, f"{self.where} is not mounted any more")
-            result: int = getattr(self._nfs, name)(self._context, *arguments)
-            if result >= 0:
-                return result
-            said = (self._nfs.nfs_get_error(self._context) or b"").decode(errors="replace").strip()
-        if -result in (errno.EINTR, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH):
-            raise NasSilent(-result, f"{self.where} does not answer: {said}")
-        raise OSError(-result, f"{self.where}: {said}")
+            deadline = time.monotonic() + self._timeout_s
+            if self._context and self._poll(0, select.POLLIN):  # nothing is due: the server has closed an idle one
+                self._disconnect()
+            if not self._context:
+                self._connect(deadline)
+            # NFS3ERR_JUKEBOX: not done yet, ask again (RFC 1813); ganesha 6 says it of a folder in which much happens
+            return self._persist(deadline, BlockingIOError, lambda: self._exchange(deadline, name, arguments, take))
+
+    def _connect(self, deadline: float) -> None:
+        def connect() -> None:
+            self._context = self._nfs.nfs_init_context()
+            self._nfs.nfs_set_version(self._context, 3)
+            self._nfs.nfs_set_uid(self._context, self.uid)
+            self._nfs.nfs_set_gid(self._context, self.uid)
+            self._nfs.nfs_set_dircache(self._context, 0)  # what another host has just made must be seen
+            self._nfs.nfs_set_autoreconnect(self._context, _NO_RECONNECTING)
+            try:
+                self._exchange(deadline, "mount", (self._ip.encode(), self._export.encode()), _status)
+            except OSError:
+                self._disconnect()
+                raise
+
+        self._persist(deadline, OSError, connect)  # a server that comes back may not be there at once
+
+    def _persist(self, deadline: float, not_yet: type[OSError], attempt: Callable[[], Any]) -> Any:
+        """What the attempt returns that is the first to raise no such error; NasSilent if none does."""
+        while True:
+            try:
+                return attempt()
+            except not_yet as error:
+                if time.monotonic() + _TRY_AGAIN_S > deadline:
+                    raise NasSilent(errno.ETIMEDOUT, error.strerror) from error
+            time.sleep(_TRY_AGAIN_S)
+
+    def _disconnect(self) -> None:
+        if self._context:
+            self._nfs.nfs_destroy_context(self._context)
+            self._context = None
+
+    def _exchange(self, deadline: float, name: str, arguments: Sequence[Any], take: Take) -> Any:
+        """Send one request, once, and return what `take` makes of its answer."""
+        answers: list[tuple[int, Any]] = []
+
+        @_Answered
+        def answered(status: int, _context: int, result: int, _private: int) -> None:
+            answers.append((status, take(status, result) if status >= 0 else None))
+
+        try:
+            alive = getattr(self._nfs, f"nfs_{name}_async")(self._context, *arguments, answered, None) >= 0
+            while not answers:
+                left_s = deadline - time.monotonic()
+                if not alive or left_s <= 0:
+                    raise self._silence()
+                ready = self._poll(left_s, self._nfs.nfs_which_events(self._context))
+                alive = self._nfs.nfs_service(self._context, ready) >= 0
+            status, result = answers[0]
+            if status < 0:
+                raise self._error(-status)
+        except BaseException as error:
+            if not answers or isinstance(error, NasSilent):
+                self._disconnect()  # calls `answered`, which must still be there, for what is under way
+            raise
+        return result
+
+    def _poll(self, for_s: float, events: int) -> int:
+        poll = select.poll()
+        poll.register(self._nfs.nfs_get_fd(self._context), events)
+        return sum(ready for _, ready in poll.poll(math.ceil(for_s * 1000)))
+
+    def _error(self, number: int) -> OSError:
+        """EFAULT is libnfs's word for a lost connection, and for a refused write, whose reason is only in the text."""
+        said = self._said()
+        if number == errno.EFAULT and (refused := re.search(r"NFS3ERR_\w+\(-(\d+)\)", said)):
+            number = int(refused[1])
+        if number == errno.ENOSPC:
+            return OSError(number, f"the disk of {self.where} is full")
+        if number in (errno.EFAULT, errno.EINTR, errno.ETIMEDOUT):
+            return self._silence()
+        return OSError(number, f"{self.where}: {said}")
+
+    def _silence(self) -> NasSilent:
+        said = self._said()
+        return NasSilent(errno.ETIMEDOUT, f"{self.where} does not answer{': ' if said else ''}{said}")
+
+    def _said(self) -> str:
+        said: bytes = self._nfs.nfs_get_error(self._context) or b""
+        return said.decode(errors="replace").strip()
 
 
 class File:
@@ -241,11 +343,11 @@ class File:
         """At most `length` bytes; fewer at the end of the file."""
         content = bytearray()
         while length > len(content):
-            buffer = ctypes.create_string_buffer(min(length - len(content), _CHUNK_BYTES))
-            got = self._call("nfs_pread", offset + len(content), len(buffer), buffer)
+            wanted = min(length - len(content), _CHUNK_BYTES)
+            got = self._call("pread", offset + len(content), wanted, take=_content)
             if not got:
                 break
-            content += buffer.raw[:got]
+            content += got
         return bytes(content)
 
     def write(self, offset: int, content: bytes) -> None:
@@ -254,39 +356,35 @@ class File:
         while done < len(content):
             piece = content[done : done + _CHUNK_BYTES]
             try:
-                done += self._call("nfs_pwrite", offset + done, len(piece), piece)
-            except OSError as error:
+                done += self._call("pwrite", offset + done, len(piece), piece)
+            except PermissionError as error:
                 raise self._explained(error) from error
 
-    def _explained(self, error: OSError) -> OSError:
-        """libnfs tells of a refused write only that it was (EFAULT, lib/nfs_v3.c)."""
-        if error.errno != errno.EFAULT:
-            return error
+    def _explained(self, error: PermissionError) -> PermissionError:
         owner, uid = self.attributes().uid, self._mount.uid
-        if uid not in (0, owner):
-            return PermissionError(errno.EACCES, f"{self.path} belongs to user {owner}, not to {uid}")
-        return OSError(errno.EIO, f"{self.path} could not be written: the server refused; is its disk full?")
+        if owner == uid:
+            return error
+        return PermissionError(errno.EACCES, f"{self.path} belongs to user {owner}, not to {uid}")
 
     def sync(self) -> None:
-        self._call("nfs_fsync")
+        self._call("fsync")
 
     def truncate(self, length: int) -> None:
-        self._call("nfs_ftruncate", length)
+        self._call("ftruncate", length)
 
     def attributes(self) -> Attributes:
-        found = _Stat()
-        self._call("nfs_fstat64", ctypes.byref(found))
-        return found.attributes
+        found: Attributes = self._call("fstat64", take=_attributes)
+        return found
 
     def close(self) -> None:
         if self._handle is not None:
             handle, self._handle = self._handle, None
-            self._mount._call("nfs_close", handle)
+            self._mount._call("close", handle)
 
-    def _call(self, name: str, *arguments: Any) -> int:
+    def _call(self, name: str, *arguments: Any, take: Take = _status) -> Any:
         if self._handle is None:
             raise OSError(errno.EBADF, f"{self.path} is closed")
-        return self._mount._call(name, self._handle, *arguments)
+        return self._mount._call(name, self._handle, *arguments, take=take)
 
     def __enter__(self) -> "File":
         return self

@@ -21,6 +21,10 @@ The rules, in the order in which they are needed:
     so its owner claims the next generation, like everybody else, and one of the two has it.
 5.  Who is not the newest after a CHECK has lost, whatever it was before.
 
+The fence is for the disk, not for the VM: by the rules nobody else runs it by then. A FENCE whose answer was lost may
+still arrive, and open the disk to its own generation, until the newest owner mends that at its next PULSE. A PULSE is
+sent only once (hosts/nfs.py): a copy that came late would put the number back to what a breaker has seen.
+
 A migration needs no lease to run out: the source suspends the VM, and then hands it over (hosts/protocol.py).
 """
 

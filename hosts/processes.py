@@ -30,17 +30,20 @@ def has_ended(pidfd: int, within_ms: int | None = 0) -> bool:
 
 
 def end_behind(home: Path) -> bool:
-    """End the process behind a socket, which need not answer and has no agent any more; False if there is none."""
+    """End the guest or vmx behind a socket, which need not answer and has no agent any more; False if there is none."""
     try:
         with connect(home) as connection:
             pid, _, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             pidfd = os.pidfd_open(pid)
             try:
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if not {b"hosts.light_guest", b"hosts.vmx_process"} & set(words):
+                    return False  # the agent that has made the socket: the process has not begun to listen
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 has_ended(pidfd, None)
             finally:
                 os.close(pidfd)
-    except (ConnectionRefusedError, ProcessLookupError):
+    except (FileNotFoundError, ConnectionRefusedError, ProcessLookupError):
         return False
     finally:
         home.unlink(missing_ok=True)

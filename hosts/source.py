@@ -413,6 +413,7 @@ class OutgoingMigration:
         if self._server is not None:
             self._server.close()
         said, troubles = self._said(error), []
+        self._emit("vm.resuming")
         for resume in self._ways_back():  # a VM without a network is better than none
             try:
                 resume()
@@ -442,7 +443,7 @@ class OutgoingMigration:
                 return self._lease is not None
             except (DatastoreError, OwnerUnknown) as error:
                 if time.monotonic() > deadline:
-                    self.machine.owner_unknown = True
+                    self.machine.unsettled = self._generation
                     stays = f"VM {self.machine.vm.name} stays suspended on {self._here}"
                     raise MigrationFailed(f"{stays} until it is known who owns it: {error}") from error
                 time.sleep(_ASK_EVERY_S)

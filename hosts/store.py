@@ -78,7 +78,7 @@ class Store(Protocol):
 
 
 def open_store(where: str, timeout_s: float = 2.0) -> Store:
-    """A store by its name, nfs://<server>/<export> or a folder's path. OSError if it is not there."""
+    """A store by its name, nfs://<server>/<export> or a folder's path. Whether it is there shows when it is used."""
     if where.startswith(_SCHEME):
         from hosts.nfs import Mount  # a folder needs no libnfs
 

@@ -22,7 +22,7 @@ import msgspec
 
 from hosts import control
 from hosts.announce import SCHEDULE_MS
-from hosts.control import AgentClient, AgentGone, ControlError
+from hosts.control import ANSWER_WITHIN_S, AgentClient, AgentGone, ControlError
 from hosts.policy import Policy
 from hosts.precopy import Progress
 from hosts.source import Outcome
@@ -107,6 +107,13 @@ class VCenter:
             raise UsageError(f"VM {vm} is powered on, on {self.places[vm]}; power it off first")
         self._registered(vm)
         del self.inventory[vm], self.homes[vm]
+
+    def delete(self, vm: str) -> None:
+        """Delete a VM that is off from the disk, and from the inventory."""
+        self._registered(vm)
+        host = self.homes[vm]
+        self.unregister(vm)
+        self._call(host, control.Delete(vm))
 
     def power_on(self, vm: str, host: str | None = None) -> dict[str, Any]:
         """Start a VM from its files: on this host, or where it was last, or where it is registered.
@@ -300,7 +307,7 @@ class VCenter:
 
     def _call(self, host: str, request: control.Request, notice: Callable[[Any], None] = lambda content: None) -> Any:
         """On a connection of its own: an idle one, or a new one. A call may take as long as a migration does."""
-        client = self._idle_client(host) or AgentClient(host, self.plan.host(host).management, self._certificates)
+        client = self._idle_client(host) or self.client(host)
         try:
             return client.call(request, notice)
         finally:
@@ -308,6 +315,10 @@ class VCenter:
                 client.close()
             else:
                 self._idle[host].append(client)
+
+    def client(self, host: str, answer_within_s: float = ANSWER_WITHIN_S) -> AgentClient:
+        """A new connection to a host's agent, which is the caller's to close."""
+        return AgentClient(host, self.plan.host(host).management, self._certificates, answer_within_s)
 
     def _idle_client(self, host: str) -> AgentClient | None:
         """The agent at its other end may have been restarted meanwhile."""

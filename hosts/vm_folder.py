@@ -1,4 +1,4 @@
-"""A VM's folder on a datastore: the files that it is, made, read and taken away (hosts/vm_files.py says what is in them)."""
+"""A VM's folder on a datastore: the files that it is (hosts/vm_files.py), made, read and taken away."""
 
 import contextlib
 import os
@@ -24,6 +24,16 @@ class VmFolder:
         self._make_disk(vm)
         self._write_once(vm_files.descriptor_path(vm.name), vm_files.to_descriptor(vm.name, vm.disk).encode())
         self._write_once(vm_files.vmx_path(vm.name), vm_files.to_vmx(vm).encode())
+
+    def delete(self) -> None:
+        """All of it: the configuration first, so that nobody powers it on meanwhile, the lock files last."""
+
+        def order(name: str) -> tuple[bool, bool]:
+            return not name.endswith(".vmx"), name.startswith(".lck-")
+
+        for name in sorted(self._store.names(f"/{self.vm}"), key=order):
+            self._store.unlink(f"/{self.vm}/{name}")
+        self._store.rmdir(f"/{self.vm}")
 
     def read(self, host: str) -> VM:
         """The VM of these files, to be run on `host`."""

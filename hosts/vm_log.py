@@ -9,12 +9,12 @@ import os
 import queue
 import re
 import threading
-import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from hosts.store import Store, open_store
+from hosts.store import Store, StoreFile, open_store
 
 _OLD_LOGS = 6  # so many are kept (VMware's default, log.keepOld)
 _OLD = re.compile(r"vmware-(\d{1,9})\.log")
@@ -36,7 +36,7 @@ class VmLog:
 
     def add(self, vm: str, kind: str, fields: Mapping[str, Any]) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
-        said = "".join(f" {name}={value}" for name, value in fields.items())
+        said = "".join(f" {name}={_short(value)}" for name, value in fields.items() if name != "t")
         self._lines.put((vm, f"{now}Z| {self._host}| {kind}{said}\n"))
 
     def close(self) -> None:
@@ -45,31 +45,39 @@ class VmLog:
         self._thread.join(_CLOSE_WITHIN_S)
 
     def _write_all(self) -> None:
-        store: Store | None = None
+        store = open_store(self._where)
+        logs: dict[str, _Log] = {}  # a file that another host has renamed is still the same
         while (entry := self._lines.get()) is not None:
             vm, line = entry
             try:
-                store = store or open_store(self._where)
-                if line:
-                    self._append(store, f"/{vm}/vmware.log", line.encode())
-                else:
+                if not line:
+                    if vm in logs:
+                        logs.pop(vm).file.close()
                     _rotate(store, vm)
+                    continue
+                log = logs[vm] = logs.get(vm) or _open(store, f"/{vm}/vmware.log")
+                log.file.write(log.size, line.encode())
+                log.size += len(line.encode())
             except OSError as error:
                 self._complain(f"VM {vm}: vmware.log lacks {line.strip() or 'its new beginning'!r}: {error}")
-                time.sleep(0.1)
-        if store is not None:
-            store.close()
+        store.close()
 
-    @staticmethod
-    def _append(store: Store, path: str, line: bytes) -> None:
-        try:
-            file, at = store.open(path), store.attributes(path).size
-        except FileNotFoundError:
-            file, at = store.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), 0
-        try:
-            file.write(at, line)
-        finally:
-            file.close()
+
+@dataclass
+class _Log:
+    file: StoreFile
+    size: int
+
+
+def _open(store: Store, path: str) -> _Log:
+    try:
+        return _Log(store.open(path), store.attributes(path).size)
+    except FileNotFoundError:
+        return _Log(store.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), 0)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def _rotate(store: Store, vm: str) -> None:

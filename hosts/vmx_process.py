@@ -108,6 +108,8 @@ class Vmx:
                     self.gate = Gate(self.vm, request.gate)
                     self.lease = Lease(request.generation, request.sent_s)
                     self.held, self.stalled = False, not self.lease.lasts(time.monotonic())
+                    if self.stalled:
+                        self.emit("vm.stalled", generation=self.lease.generation)
                     self._own.set()
                 case channel.Hold():
                     self.held = True
@@ -213,8 +215,8 @@ class Vmx:
         with self.lock:
             if self.lease is not lease:
                 return
-            if self.held:  # the destination of a migration, or an order of our agent's
-                self.lease = None
+            if self.held:  # the destination of a migration, or an order of our agent's: if it is not, GoOn will show
+                self.lease = Lease.lapsed(lease.generation)
             elif newest.host == self.host and newest.running:  # a claim of ours whose answer was lost
                 self.lease = Lease.lapsed(newest.generation)
                 self.page.generation = newest.generation

@@ -24,12 +24,12 @@ def small(vm: VM) -> VM:
     return replace(vm, ram=64 * 2**20, working_set=8 * 2**20, dirty_rate=5_000_000)
 
 
-def small_testbed(out: Path, *more: VM) -> Testbed:
+def small_testbed(out: Path, *more: VM, datastore: str = "nfs") -> Testbed:
     """vm1 of the seed plan, and more VMs, all of them small; nothing is powered on."""
     assert os.getpid() == 1, "only in a private world"
     plan = read_plan()
     plan = replace(plan, vms=tuple(small(vm) for vm in (*plan.vms, *more)))
-    options = Options(plan, DEFAULT_PLAN, "rarp", SCHEDULE_MS, Policy(), seed=1, out=out)
+    options = Options(plan, DEFAULT_PLAN, "rarp", SCHEDULE_MS, Policy(), seed=1, out=out, datastore=datastore)
     return Testbed(Run("test", options))
 
 

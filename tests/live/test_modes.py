@@ -74,6 +74,7 @@ def another_vm(testbed: Testbed, **settings: Any) -> Iterator[str]:
             yield vm.name
         finally:
             testbed.vcenter.power_off(vm.name)
+            testbed.vcenter.delete(vm.name)
     finally:
         testbed.vcenter.plan = plan
         delete(testbed, vm.name)

@@ -59,7 +59,7 @@ class Found:
         for generation, host in enumerate(hosts, 1):
             assert self.datastore.claim("vm1", generation, host)
         self.site = SimpleNamespace(datastore=self.datastore, host=SimpleNamespace(name="esx1"))
-        self.vm, self.generation = SimpleNamespace(name="vm1"), len(hosts)
+        self.vm, self.generation, self.unsettled = SimpleNamespace(name="vm1"), len(hosts), 0
         self.done: list[str] = []
         self.vmx = SimpleNamespace(go_on=lambda: self.done.append("go on"))
         self.guest = SimpleNamespace(run=lambda: self.done.append("run"))
@@ -93,7 +93,7 @@ def test_the_vmx_of_one_that_runs_is_told_to_go_on_and_nothing_is_claimed(tmp_pa
 def test_one_that_was_stopped_runs_under_a_generation_of_its_own(tmp_path: Path, state: str) -> None:
     found = Found(tmp_path, "esx2", "esx1")
     assert settled(found, state)
-    assert found.done == ["own 3", "open gate", "run", "vm.adopted", "announce"]
+    assert found.done == ["vm.resuming", "own 3", "open gate", "run", "vm.adopted", "announce"]
     newest = found.datastore.newest("vm1")
     assert newest is not None and (newest.generation, newest.host, newest.running) == (3, "esx1", True)
 
@@ -106,7 +106,23 @@ def test_anothers_is_taken_apart_and_nothing_is_claimed(tmp_path: Path, state: s
     assert found.datastore.newest_generation("vm1") == 2
 
 
-def test_a_destination_that_claims_before_us_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_whose_claim_was_not_answered_is_given_up_only_if_another_has_that_generation(tmp_path: Path) -> None:
+    """Our LINK may still be on its way, and the source gives the VM up when it arrives: so it is sent again."""
+    for name in ("free", "taken"):
+        (tmp_path / name).mkdir()
+    found = Found(tmp_path / "free", "esx2")
+    found.generation, found.unsettled = 0, 2
+    assert settled(found, "restored")
+    assert "own 2" in found.done
+    taken = Found(tmp_path / "taken", "esx2", "esx2")
+    taken.generation, taken.unsettled = 0, 2
+    assert not settled(taken, "restored")
+    assert taken.done == ["dismantle", "vm.discarded"]
+
+
+def test_a_destination_that_claims_while_we_are_about_to_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = Found(tmp_path, "esx1")
     claim = found.datastore.claim
 

@@ -283,7 +283,7 @@ def test_a_lock_file_of_a_later_version_is_left_alone_and_says_what_to_do(tmp_pa
     datastore = datastore_of(tmp_path, VM)
     lock(tmp_path, 1).write_bytes(b'{"format": 2, "owners": ["esx1", "esx2"]}'.ljust(512))
     before = {file: file.read_bytes() for file in (tmp_path / VM).iterdir()}
-    why = r"VM vm1: the lock file /vm1/\.lck-vm1\.1 was written by a later version .*format 2.*use that version"
+    why = r"VM vm1: the lock file /vm1/\.lck-vm1\.1 was written by a later version of vmotion .*format 2.*use that"
     for look in (datastore.newest, datastore.await_silence, lambda vm: Keeper(datastore, vm, 1, "esx1")):
         with pytest.raises(DatastoreError, match=why):
             look(VM)
@@ -423,12 +423,8 @@ def test_who_is_not_the_newest_when_it_looks_has_lost(scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("call", "mishap"),
     [
-        ("link", "lost"),
-        ("link", "unheard"),
-        ("read", "lost"),
-        ("chown", "lost"),
+        *[("link", "lost"), ("link", "unheard"), ("read", "lost"), ("chown", "lost"), ("names", "lost")],
         ("chown", OSError(errno.EIO, "disk trouble")),
-        ("names", "lost"),
     ],
 )
 def test_a_claim_that_is_not_answered_in_time_may_be_ours(scene: Scene, call: str, mishap: Mishap) -> None:
@@ -629,20 +625,16 @@ def test_a_breaker_that_hears_nothing_of_the_datastore_breaks_nothing(kept: Scen
     assert kept.clock.now_s - began_s > LEASE_S
 
 
-def _nothing() -> None:
-    """What happens to a call that nothing happens to."""
-
-
-def _lost(number: int) -> list[Mishap]:
-    return ["lost" for _ in range(number)]
+def silence(calls: int) -> list[Mishap]:
+    return ["lost" for _ in range(calls)]
 
 
 def test_silence_between_two_looks_is_not_the_owners(kept: Scene) -> None:
-    kept.store.mishaps["names"] = [_nothing, _nothing, *_lost(20)]
+    kept.store.mishaps["names"] = [lambda: None, lambda: None, *silence(20)]
     keeper = Keeper(datastore_of(kept.folder), VM, 1, "esx1")
     kept.clock.meanwhile = keeper.pulse  # which the breaker sees only when the datastore answers again
     assert kept.datastore.await_silence(VM) is None
-    kept.store.mishaps["names"] = [_nothing, _nothing, *_lost(5)]
+    kept.store.mishaps["names"] = [lambda: None, lambda: None, *silence(5)]
     kept.clock.meanwhile = lambda: None
     assert kept.datastore.await_silence(VM) == newest(kept.folder)
 

@@ -54,7 +54,8 @@ def test_before_the_point_of_no_return_only_the_death_of_the_vm_itself_is_a_cold
     for case in all_cases():
         before = case.at and case.at.partition(":")[2] not in claimed
         if before and End.COLD in case.ends:
-            assert case.injury == "kill-source-guest", case.name
+            # a claim that the datastore has not answered may be found to have succeeded
+            assert case.injury in ("kill-source-guest", "datastore-unreachable"), case.name
 
 
 def test_behind_it_the_source_never_runs_the_vm() -> None:

@@ -90,6 +90,14 @@ class Guest:
         return self.ledger.records(1, 4096)["amount"].tolist()
 
 
+def used_disk(entries: int = 100) -> Disk:
+    disk = Disk()
+    guest = Guest(disk)
+    guest.transfer(entries)
+    guest.commit()
+    return disk
+
+
 # ---------------------------------------------------------------- a new disk
 
 
@@ -344,6 +352,23 @@ def test_a_torn_checkpoint_leaves_the_one_before(kept: Iterable[int]) -> None:
     assert Guest(disk).recovered.replayed == 0
 
 
+@pytest.mark.parametrize("before", [0, 14, 60, 75, 100, 119])
+def test_no_write_takes_away_what_is_durable_and_not_covered(before: int) -> None:
+    disk = used_disk(before)
+    guest = Guest(disk)
+    guest.transfer(400)
+    while write := guest.journal.next_write(1):
+        sectors = len(write.data) // SECTOR
+        for kept in ([], [0], [sectors - 1], range(1, sectors), range(sectors)):
+            torn = Disk()
+            torn.put(0, disk.content)
+            torn.tear(write, kept)
+            assert Guest(torn).ledger.entries >= guest.journal.durable
+        disk.put(write.offset, write.data)
+        guest.journal.written(write)
+    assert Guest(disk).ledger.entries == before + 400
+
+
 def test_a_repeat_of_the_last_request_is_answered_after_a_crash() -> None:
     disk = Disk()
     guest = Guest(disk)
@@ -387,14 +412,6 @@ def test_a_ring_that_has_wrapped_gives_all_that_it_still_holds() -> None:
 
 
 # ---------------------------------------------------------------- what no crash explains
-
-
-def used_disk(entries: int = 100) -> Disk:
-    disk = Disk()
-    guest = Guest(disk)
-    guest.transfer(entries)
-    guest.commit()
-    return disk
 
 
 def test_a_later_version_is_refused_by_name() -> None:
@@ -460,6 +477,20 @@ def test_a_spoilt_sector_that_has_to_be_written_once_more_is_refused() -> None:
     disk.spoil(RING_AT + 6 * SECTOR + 40)
     with pytest.raises(JournalError, match="sector of entry 100 is spoilt"):
         Guest(disk)
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_records_before_a_sector_that_is_spoilt_or_was_never_written_are_not_remembered(is_lost: bool) -> None:
+    disk = used_disk(100)
+    earlier = disk.sector(3)
+    guest = Guest(disk)
+    guest.transfer(100)
+    guest.commit()
+    Guest(disk).commit()  # a checkpoint: nothing is replayed
+    disk.put(RING_AT + 3 * SECTOR, earlier if is_lost else bytes(SECTOR))  # entries 166 to 180, a lap on
+    after = Guest(disk)
+    assert after.recovered == Recovered(entries=200, replayed=0, generation=1, fresh=False)
+    assert after.ledger.records(1, 4096)["entry"].tolist() == list(range(181, 201))
 
 
 @settings(max_examples=200)

@@ -57,7 +57,7 @@ class Scene:
         self.guest, self.datastore = Guest(ram), datastore_of(folder, "vm1")
         assert self.datastore.claim("vm1", 1, "esx1")
         machine: Any = ToldMachine(self.guest)
-        machine.vm, machine.generation, machine.owner_unknown = SimpleNamespace(name="vm1"), 1, False
+        machine.vm, machine.generation, machine.unsettled = SimpleNamespace(name="vm1"), 1, 0
         machine.port, machine.announcer = SimpleNamespace(shut=lambda: None), SimpleNamespace(silence=lambda: None)
         machine.hold, machine.open_gate = lambda: self.told("hold"), lambda: self.told("open gate")
         machine.go_on = self.go_on
@@ -170,7 +170,9 @@ def test_a_vm_whose_destination_gives_up_goes_on_under_the_generation_that_it_ha
 def test_a_vm_whose_vmx_had_to_claim_a_generation_meanwhile_is_not_handed_over(tmp_path: Path) -> None:
     with scene(tmp_path, say_resumed) as moving:
         moving.migration.machine.generation = 2  # type: ignore[misc]
-        with pytest.raises(MigrationFailed, match="runs again on esx1: its lease had lapsed meanwhile; try again"):
+        with pytest.raises(
+            MigrationFailed, match="VM vm1 runs again on esx1: its lease had lapsed meanwhile; try again"
+        ):
             moving.migration.run("token")
         assert moving.guest.calls == ["hold", "go on", "run"]
         assert not moving.migration.left
@@ -189,7 +191,7 @@ def test_a_source_that_cannot_learn_who_owns_the_vm_leaves_it_suspended(
         with pytest.raises(MigrationFailed, match=why):
             moving.migration.run("token")
         assert moving.guest.calls == ["hold", "suspend"]
-        assert (moving.migration.machine.owner_unknown, moving.migration.left) == (True, False)
+        assert (moving.migration.machine.unsettled, moving.migration.left) == (2, False)
 
 
 def test_a_claim_that_was_ours_without_an_answer_brings_the_vm_back_without_a_lease(

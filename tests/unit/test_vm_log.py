@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from fakes import Clock, UnsureStore
+from fakes import UnsureStore
 from programs import eventually
 
 import hosts.vm_log
@@ -111,7 +111,6 @@ def test_a_store_that_fails_costs_the_lines_of_that_time_and_is_complained_of(
         return store
 
     monkeypatch.setattr(hosts.vm_log, "open_store", open_store)
-    monkeypatch.setattr(hosts.vm_log, "time", Clock())
     store.mishaps["write"] = [lambda: None, OSError(errno.ENOSPC, "full"), "lost"]
     with closing(VmLog("nfs://nowhere", "esx1", complaints.append)) as log:
         for number in range(5):
@@ -120,26 +119,6 @@ def test_a_store_that_fails_costs_the_lines_of_that_time_and_is_complained_of(
     assert len(complaints) == 2
     for number, complaint in enumerate(complaints, 1):
         assert re.match(rf"VM vm1: vmware.log lacks '.*\| esx1\| line number={number}': ", complaint)
-
-
-def test_a_store_that_is_not_there_yet_is_tried_again(
-    tmp_path: Path, complaints: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "vm1").mkdir()
-    answers: list[Store | OSError] = [OSError(errno.ETIMEDOUT, "no answer"), UnsureStore(tmp_path)]
-
-    def open_store(where: str) -> Store:
-        answer = answers.pop(0)
-        if isinstance(answer, OSError):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(hosts.vm_log, "open_store", open_store)
-    with closing(VmLog("nfs://nowhere", "esx1", complaints.append)) as log:
-        log.begin("vm1")
-        log.add("vm1", "line", {})
-    assert said(tmp_path) == ["line"]
-    assert len(complaints) == 1 and "lacks 'its new beginning'" in complaints[0]
 
 
 def test_a_vm_whose_folder_is_gone_is_complained_of(log: VmLog, complaints: list[str]) -> None:

@@ -11,7 +11,21 @@ from pathlib import Path
 import pytest
 
 WRAPPER = Path(__file__).resolve().parents[2] / "vmotion"
-UTILITIES = ["cat", "cp", "flock", "head", "mkdir", "mv", "readlink", "rm", "sed", "sha256sum", "sleep", "tail"]
+UTILITIES = [
+    "cat",
+    "chmod",
+    "cp",
+    "flock",
+    "head",
+    "mkdir",
+    "mv",
+    "readlink",
+    "rm",
+    "sed",
+    "sha256sum",
+    "sleep",
+    "tail",
+]
 
 PYTHON = r"""#!/bin/sh
 echo "$*" >>"$CALLS"
@@ -35,7 +49,10 @@ class Machine:
         self.root, self.bin, self._calls = folder / "the tree", folder / "bin", folder / "calls"
         self.root.mkdir()
         self.bin.mkdir()
-        shutil.copy(WRAPPER, self.root)
+        self.policy = folder / "policy-rc.d"
+        wrapper = WRAPPER.read_text().replace("POLICY=/usr/sbin/policy-rc.d", f"POLICY={self.policy}")
+        (self.root / "vmotion").write_text(wrapper)
+        (self.root / "vmotion").chmod(0o755)
         for name in ("requirements.txt", "build-constraints.txt"):
             (self.root / name).write_text("one==1\n")
         for name in UTILITIES:
@@ -44,11 +61,24 @@ class Machine:
             (self.bin / name).symlink_to(program)
         self.add("python3", PYTHON)
         self.add("id", "#!/bin/sh\necho 1000\n")
+        self.add("ldconfig", "#!/bin/sh\n")
 
     def add(self, name: str, script: str) -> None:
         program = self.bin / name
         program.write_text(script)
         program.chmod(0o755)
+
+    def add_tools(self) -> None:
+        """What the commands for root use."""
+        for program in self.call("demo")[2].removeprefix("vmotion: missing: ").partition(";")[0].split(", "):
+            self.add(program, "#!/bin/sh\n")
+        self.add_library("ganesha/libfsalvfs.so")
+        self.add("ldconfig", "#!/bin/sh\necho '\tlibnfs.so.14 (libc6,x86-64) => /lib/libnfs.so.14'\n")
+
+    def add_library(self, name: str) -> None:
+        library = self.bin.parent / "lib/any-linux" / name
+        library.parent.mkdir(parents=True)
+        library.touch()
 
     def start(self, *command: str | Path, cwd: Path, **env: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -214,6 +244,23 @@ def test_missing_programs_are_named_with_the_remedy(machine: Machine, refused: R
     assert "sudo ./vmotion demo" in line
 
 
+def test_the_part_of_ganesha_that_exports_folders_may_be_missing(machine: Machine, refused: Refused) -> None:
+    machine.add_tools()
+    assert machine.call("demo")[0] == 0
+    shutil.rmtree(machine.bin.parent / "lib")
+    line = refused("demo")
+    assert "missing: libfsalvfs.so;" in line and "nfs-ganesha-vfs" in line
+
+
+@pytest.mark.parametrize(("number", "is_known"), [(12, False), (13, True), (14, True), (15, False), (16, False)])
+def test_a_libnfs_has_to_be_one_that_is_known(machine: Machine, number: int, is_known: bool) -> None:
+    machine.add_tools()
+    machine.add("ldconfig", f"#!/bin/sh\necho '\tlibnfs.so.{number} (libc6,x86-64) => /lib/libnfs.so.{number}'\n")
+    status, _, err = machine.call("demo")
+    assert (status == 0) == is_known
+    assert ("missing: libnfs.so;" in err and "libnfs-utils" in err) != is_known
+
+
 def test_a_python_without_ensurepip_is_a_missing_package(machine: Machine, refused: Refused) -> None:
     machine.add("python3", PYTHON.replace("-V)", "*ensurepip*) exit 1 ;;\n    -V)"))
     machine.add("apt-get", "#!/bin/sh\nexit 1\n")
@@ -229,21 +276,77 @@ esac
 """
 
 
-def test_root_gets_missing_packages_installed(machine: Machine, tmp_path: Path) -> None:
-    provide = f"for program in $(cat {tmp_path}/programs); do cp {tmp_path}/nothing {machine.bin}/$program; done"
-    line = machine.call("demo")[2]
-    programs = line.removeprefix("vmotion: missing: ").partition(";")[0].split(", ")
-    (tmp_path / "programs").write_text(" ".join(programs))
-    (tmp_path / "nothing").write_text("#!/bin/sh\n")
-    (tmp_path / "nothing").chmod(0o755)
-    machine.add("id", "#!/bin/sh\necho 0\n")
-    machine.add("apt-get", APT % provide)
-    machine.add("dpkg", "#!/bin/sh\n")
+@pytest.fixture
+def as_root(machine: Machine, tmp_path: Path) -> Callable[[str], None]:
+    """The caller is root, the tools are missing, and apt-get brings them; before that it does this."""
+
+    def as_root(first: str) -> None:
+        machine.add_tools()
+        shutil.move(machine.bin, tmp_path / "tools")
+        machine.bin.mkdir()
+        for name in (*UTILITIES, "python3"):
+            shutil.move(tmp_path / "tools" / name, machine.bin)
+        machine.add("ldconfig", "#!/bin/sh\n")
+        machine.add("id", "#!/bin/sh\necho 0\n")
+        machine.add("dpkg", "#!/bin/sh\n")
+        machine.add("apt-get", APT % f"{first}; cp {tmp_path}/tools/* {machine.bin}")
+
+    return as_root
+
+
+def test_root_gets_missing_packages_installed(machine: Machine, as_root: Callable[[str], None]) -> None:
+    as_root(":")
     status, _, err = machine.call("demo")
     assert status == 0
     assert "installing mininet" in err
     log = (machine.root / ".boot/apt.log").read_text()
     assert log.count("--no-install-recommends install mininet") == 2  # before and after apt-get update
+
+
+def asks(machine: Machine) -> str:
+    return f"{machine.policy} rpcbind start; echo asked $?"
+
+
+def test_what_is_installed_starts_no_service(machine: Machine, as_root: Callable[[str], None]) -> None:
+    as_root(asks(machine))
+    assert machine.call("demo")[0] == 0
+    assert "asked 101\n" in (machine.root / ".boot/apt.log").read_text()
+    assert not machine.policy.exists()
+
+
+def test_a_policy_that_the_machine_has_is_kept(machine: Machine, as_root: Callable[[str], None]) -> None:
+    as_root(asks(machine))
+    machine.policy.write_text("#!/bin/sh\nexit 104\n")
+    machine.policy.chmod(0o755)
+    assert machine.call("demo")[0] == 0
+    assert "asked 104\n" in (machine.root / ".boot/apt.log").read_text()
+    assert machine.policy.exists()
+
+
+def test_a_failed_installation_holds_no_service(machine: Machine, as_root: Callable[[str], None]) -> None:
+    as_root("exit 100")
+    assert machine.call("demo")[0] == 2
+    assert not machine.policy.exists()
+
+
+def test_a_killed_installation_holds_no_service(machine: Machine, as_root: Callable[[str], None]) -> None:
+    as_root("kill -9 $PPID")
+    assert machine.call("demo")[0] == -9
+    assert subprocess.run([machine.policy, "rpcbind", "start"], check=False).returncode == 0
+    assert not machine.policy.exists()
+
+
+def test_what_starts_with_the_machine_is_what_did_before(
+    machine: Machine, as_root: Callable[[str], None], tmp_path: Path
+) -> None:
+    units = tmp_path / "units"
+    units.write_text("rpcbind.socket enabled enabled\nssh.service enabled enabled\n")
+    as_root(f"echo nfs-ganesha.service enabled enabled >>{units}")
+    machine.add(
+        "systemctl", f'#!/bin/sh\ncase $1 in list-unit-files) cat {units} ;; *) echo "$*" >>{tmp_path}/done ;; esac\n'
+    )
+    assert machine.call("demo")[0] == 0
+    assert (tmp_path / "done").read_text() == "disable nfs-ganesha.service\n"
 
 
 def test_packages_that_cannot_be_installed_end_the_call(machine: Machine) -> None:
