@@ -76,7 +76,7 @@ def settle(machine: Machine, state: str) -> bool:
                 machine.emit("vm.discarded", state=state, owner=newest.host)
                 return False
             case Fate.GOES_ON:
-                machine.vmx.go_on()
+                machine.keep()
                 machine.emit("vm.adopted", state=state, generation=machine.generation)
                 return True
             case Fate.RUNS_AGAIN if lease := site.datastore.claim(vm, newest.generation + 1, site.host.name):

@@ -186,13 +186,13 @@ class Agent:
 
     def _power_off(self, request: control.PowerOff) -> dict[str, Any]:
         with self._reserved(request.vm):
-            machine = self._machine(request.vm)
-            nvram = self._shut_down(machine)
-            generation = machine.generation + 1
-            del self.machines[request.vm]
-            machine.dismantle()
-            if not self.site.datastore.claim(request.vm, generation, self.name, running=False):
-                raise AgentError(f"VM {request.vm} was off, but generation {generation} is not ours")
+            nvram = b""
+            if request.vm in self.machines or not self._is_ours(request.vm):  # else a power-off has failed halfway
+                machine = self._machine(request.vm)
+                nvram = self._shut_down(machine)
+                del self.machines[request.vm]
+                machine.dismantle()
+            generation = self._release(request.vm)
             if nvram:
                 with self._storage(request.vm):
                     self.site.folder_of(request.vm).save_nvram(nvram)
@@ -237,8 +237,6 @@ class Agent:
     def _migrate(self, request: control.Migrate, notify: control.Notify) -> Outcome:
         with self._reserved(request.vm):
             machine = self._machine(request.vm)
-            if machine.unsettled:
-                raise AgentError(f"VM {request.vm} is suspended on {self.name}: it could not be learned who owns it")
 
             def connect(role: str) -> Stream:
                 return self.port.connect(request.ip, request.port, role, encrypt=request.transport.encrypt)
@@ -332,11 +330,15 @@ class Agent:
                     if machine.unsettled and machine.is_alive:
                         with self._reserved(vm):
                             self._settle(vm, machine)
-                    elif not machine.is_alive and not self._is_ours(vm):
-                        with self._reserved(vm):
-                            self._take_away(vm, machine)
+                    elif not machine.is_alive:
+                        machine.guest.kill()  # without its vmx it is none
+                        if not self._is_ours(vm):
+                            with self._reserved(vm):
+                                self._take_away(vm, machine)
                 except TestbedError as error:  # busy, or no word yet
                     self._note_unsettled(vm, str(error))
+                except Exception:  # a bug of ours with one VM must not be the end of it for all
+                    self.log(traceback.format_exc())
 
     def _settle(self, vm: str, machine: Machine) -> None:
         if self.machines.get(vm) is machine:
@@ -429,15 +431,23 @@ class Agent:
                 del self.receiving[hello.migration]
                 incoming.ended.set()
 
+    def _release(self, vm: str) -> int:
+        """Say on the datastore that a VM of ours is off, so that it can be powered on anywhere; by which generation."""
+        while True:
+            newest = self.site.datastore.newest(vm)
+            if newest is None or not newest.running or newest.host != self.name:
+                raise AgentError(f"VM {vm} was off, but it is not {self.name}'s any more")
+            if self.site.datastore.claim(vm, newest.generation + 1, self.name, running=False):
+                return newest.generation + 1
+
     def _bury(self, machine: Machine, why: str, **fields: Any) -> None:
-        """It was ours and cannot go on: it is off, and can be powered on again anywhere."""
-        generation = machine.generation + 1
+        """It was ours and cannot go on: it is off."""
         machine.dismantle()
         try:
-            self.site.datastore.claim(machine.vm.name, generation, self.name, running=False)
-        except (DatastoreError, OwnerUnknown) as error:  # then its lease has to be broken, elsewhere
+            fields["generation"] = self._release(machine.vm.name)
+        except (AgentError, DatastoreError, OwnerUnknown) as error:  # then its lease has to be broken, elsewhere
             why += f"; and the datastore could not be told: {error}"
-        machine.emit("vm.lost", generation=generation, reason=why, **fields)
+        machine.emit("vm.lost", reason=why, **fields)
 
     def _discard(self, incoming: IncomingMigration, why: str) -> None:
         incoming.expiry.cancel()
@@ -476,11 +486,12 @@ class Agent:
     def _machine(self, vm: str) -> Machine:
         if vm not in self.machines:
             raise AgentError(f"VM {vm} is not on {self.name}")
+        if self.machines[vm].unsettled:
+            raise AgentError(f"VM {vm} is suspended on {self.name}: it could not be learned yet who owns it")
         return self.machines[vm]
 
     def log(self, line: str) -> None:
-        with suppress(OSError):  # on a full disk the work goes on
-            print(line, file=sys.stderr, flush=True)
+        log(line)
 
     def close(self) -> None:
         """End every VM that is here; one that is coming is refused, if it has not come yet."""
@@ -508,6 +519,11 @@ def _said_of(machine: Machine) -> dict[str, Any]:
     return {"generation": machine.generation, "state": state, "pid": guest.pid, "work": guest.work} | storage
 
 
+def log(line: str) -> None:
+    with suppress(OSError):  # on a full disk the work goes on
+        print(line, file=sys.stderr, flush=True)
+
+
 def memory_bytes(pid: int | str = "self") -> int:
     """A process's memory without shared memory, which is the guests' RAM (proc_pid_status(5))."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -527,7 +543,7 @@ def main() -> int:
         host=host,
         where=options.datastore,
         datastore=Datastore(open_store(options.datastore)),
-        vm_log=VmLog(options.datastore, host.name, lambda line: print(line, file=sys.stderr, flush=True)),
+        vm_log=VmLog(options.datastore, host.name, log),
         events=EventLog(options.events, host.name),
         logs=Path(options.logs),
         guests=Path(options.guests),

@@ -20,6 +20,7 @@ import numpy as np
 
 from hosts.datastore import Draft, OwnerUnknown
 from hosts.machine import Machine
+from hosts.ownership import Lease
 from hosts.postcopy import Filler
 from hosts.protocol import (
     MAJOR,
@@ -78,6 +79,7 @@ class IncomingMigration:
         self.ended = threading.Event()
         self.expiry = threading.Timer(0.0, lambda: None)
         self._refused = False
+        self._lease: Lease
         self._main: Stream | None = None
         self._joining = threading.Condition()  # of the four below
         self._faults: Stream | None = None
@@ -129,7 +131,8 @@ class IncomingMigration:
         except OwnerUnknown as error:  # an ABORT would say that it cannot be ours
             if stream.session.may("lost"):
                 stream.session.step("lost")
-            self.machine.unsettled = self.draft.claim.generation
+            if self._filler is None:  # else it cannot go on without the source, which has lost it
+                self.machine.unsettled = self.draft.claim.generation
             raise IncomingUnknown(str(error)) from error
         except (TestbedError, OSError) as error:
             if not isinstance(error, StreamLost | PeerAborted):
@@ -273,16 +276,19 @@ class IncomingMigration:
             self._filler.check()
         if self._refused:
             raise IncomingFailed(f"{machine.site.host.name} is shutting down")
+        machine.hold()  # is its vmx there? From here on it must be
         lease = self.draft.take(_ASK_FOR_S)
         if lease is None:
             stream.session.step("claim lost")
             raise IncomingFailed(f"generation {self.draft.claim.generation} was claimed by another host first")
-        machine.own(lease)
+        machine.vmx.page.grant(lease)
         stream.session.step("claim")
+        self._lease = lease
         self._emit("generation.claimed", generation=lease.generation)
 
     def resume(self, stream: Stream) -> None:
         machine = self.machine
+        machine.own(self._lease)
         now_ns = time.monotonic_ns()  # not later: if its lease ends now, it has been resumed before it stands still
         stalled = not machine.open_gate()
         self._emit("vm.resuming", t=now_ns, stalled=stalled)

@@ -1,11 +1,11 @@
 """A page of memory that a VM's agent, its vmx and its guest share: until when the guest may run, and under what.
 
-    run_until_ns    CLOCK_MONOTONIC; the guest looks at it before everything that it does (hosts/ownership.py, rule 2)
+    run_until_ns    CLOCK_MONOTONIC; the guest looks at it in each step of its loop (hosts/ownership.py, rule 2)
     generation      under which this host owns the VM; 0 while it does not
     silent_since_ns since when the datastore has not answered the vmx; 0 if it does
     full            the disk's last write found no room
 
-All but the generation of a VM that is being claimed is written by the vmx alone.
+Written by the vmx, and by the agent when it has claimed the VM and hands it to the vmx.
 """
 
 import math
@@ -31,6 +31,7 @@ class LeasePage:
         self.fd = fd
         self._map = mmap.mmap(fd, mmap.PAGESIZE)
         self._words = memoryview(self._map).cast("q")
+        self._is_open = True
 
     @classmethod
     def create(cls, name: str) -> "LeasePage":
@@ -46,9 +47,13 @@ class LeasePage:
     def revoke(self) -> None:
         self._words[_Word.RUN_UNTIL_NS] = 0
 
+    def _get(self, word: _Word) -> int:
+        """Also of one that was closed a moment ago, by another thread."""
+        return self._words[word] if self._is_open else 0
+
     @property
     def run_until_ns(self) -> int:
-        return self._words[_Word.RUN_UNTIL_NS]
+        return self._get(_Word.RUN_UNTIL_NS)
 
     @property
     def lasts(self) -> bool:
@@ -57,7 +62,7 @@ class LeasePage:
 
     @property
     def generation(self) -> int:
-        return self._words[_Word.GENERATION]
+        return self._get(_Word.GENERATION)
 
     @generation.setter
     def generation(self, generation: int) -> None:
@@ -65,7 +70,7 @@ class LeasePage:
 
     @property
     def silent_since_ns(self) -> int:
-        return self._words[_Word.SILENT_SINCE_NS]
+        return self._get(_Word.SILENT_SINCE_NS)
 
     @silent_since_ns.setter
     def silent_since_ns(self, since: int) -> None:
@@ -73,13 +78,14 @@ class LeasePage:
 
     @property
     def full(self) -> bool:
-        return bool(self._words[_Word.FULL])
+        return bool(self._get(_Word.FULL))
 
     @full.setter
     def full(self, full: bool) -> None:
         self._words[_Word.FULL] = full
 
     def close(self) -> None:
+        self._is_open = False
         self._words.release()
         self._map.close()
         os.close(self.fd)

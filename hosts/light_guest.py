@@ -396,7 +396,7 @@ class LightGuest:
 
     def read(self, sock: socket.socket) -> None:
         """Requests on a transaction connection; a bulk client says nothing but good-bye."""
-        if sock not in self.connections:  # the disk's word, in the same look, has ended it
+        if sock not in self.selector.get_map():  # the disk's word, in the same look, has ended it or made it wait
             return
         connection = self.connections[sock]
         try:

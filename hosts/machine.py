@@ -125,7 +125,7 @@ class Machine:
 
     @property
     def is_alive(self) -> bool:
-        return self.guest.state != "dead"
+        return self.guest.state != "dead" and self.vmx.is_alive
 
     @property
     def is_stalled(self) -> bool:
@@ -136,7 +136,7 @@ class Machine:
 
     def own(self, lease: Lease) -> None:
         """It is this host's, and may be told to run."""
-        if not self.generation:
+        if self.generation in (0, lease.generation):  # it was not before
             self.site.vm_log.begin(self.vm.name)
         self._logs = True
         self.vmx.page.grant(lease)
@@ -154,11 +154,15 @@ class Machine:
         self._logs = False
         self.vmx.hold()
 
+    def keep(self) -> None:
+        """It is this host's as before, and its vmx's to look after."""
+        self._logs = True
+        self.vmx.go_on()
+
     def go_on(self) -> None:
         """After a hold that was in vain: it runs here, at once or as soon as it has a lease again."""
-        self._logs = True
         try:
-            self.vmx.go_on()
+            self.keep()
         finally:
             self.guest.run()
 

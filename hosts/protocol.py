@@ -70,7 +70,7 @@ from hosts.ram import NO_RUNS, PAGE, count
 from topologies.errors import TestbedError
 
 PORT = 8000  # VMware's vMotion port
-MAJOR, MINOR = 3, 0
+MAJOR, MINOR = 4, 0
 MAGIC = b"VMOT"
 HEADER = struct.Struct("!4sBBHIIQI")
 # 3 MiB: long against the cost of a frame (256 pages reach 0.72 of iperf3 unshaped, these 0.78 to 0.83), short against

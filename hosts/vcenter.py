@@ -111,9 +111,8 @@ class VCenter:
     def delete(self, vm: str) -> None:
         """Delete a VM that is off from the disk, and from the inventory."""
         self._registered(vm)
-        host = self.homes[vm]
+        self._call(self.homes[vm], control.Delete(vm))
         self.unregister(vm)
-        self._call(host, control.Delete(vm))
 
     def power_on(self, vm: str, host: str | None = None) -> dict[str, Any]:
         """Start a VM from its files: on this host, or where it was last, or where it is registered.

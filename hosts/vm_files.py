@@ -3,7 +3,7 @@
     <vm>/<vm>.vmx              configuration: name, UUID, MAC, RAM, port group, workload
     <vm>/<vm>.vmdk             descriptor of the disk (VMware, Virtual Disk Format 5.0)
     <vm>/<vm>-flat.vmdk        the disk itself, raw
-    <vm>/<vm>.nvram            device state at power-off
+    <vm>/<vm>.nvram            counters of the machine, from its last power-off
     <vm>/<vm>-<id>.vswp        swap of the host that runs it, sparse; gone at power-off
     <vm>/.lck-<vm>.<g>         who owns it, by generation (hosts/datastore.py)
     <vm>/vmware.log            what happened to it; vmware-<n>.log the older ones

@@ -16,7 +16,7 @@ from hosts import channel
 from hosts.gate import Gate
 from hosts.lease_page import LeasePage
 from hosts.ownership import Lease
-from hosts.processes import ROOT, connect, has_ended, last_words
+from hosts.processes import ROOT, connect, end_behind, has_ended, last_words
 from topologies.errors import TestbedError
 
 _ANSWER_TIMEOUT_S = 10.0
@@ -60,7 +60,7 @@ class Vmx:
         with socket.socket(socket.AF_UNIX) as listener, open(log, "ab") as out:
             vmx._said_before = out.tell()
             try:
-                home.unlink(missing_ok=True)
+                end_behind(home)  # one that has lost its guest, and not noticed
                 listener.bind(str(home))
                 listener.listen()
                 vmx._line = channel.Line(connect(home))
@@ -126,6 +126,10 @@ class Vmx:
     def generation(self) -> int:
         """Under which this host owns the VM, 0 if it does not, or has ended."""
         return self.page.generation if self._line.fileno() >= 0 else 0
+
+    @property
+    def is_alive(self) -> bool:
+        return self._line.fileno() >= 0 and not has_ended(self._pidfd)
 
     def own(self, lease: Lease, pid: int, gate: Gate) -> None:
         """From here on it keeps the VM, whose guest is `pid`. It is told, and not waited for: this is in a downtime."""

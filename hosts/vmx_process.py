@@ -54,6 +54,7 @@ class Vmx:
         self.gate: Gate | None = None
         self.guest = 0  # its pidfd
         self._own = threading.Event()
+        self._drafted: set[str] = set()  # nonces of claims of its own
         self._events = events
         self._datastore = Datastore(open_store(where, _CALL_TIMEOUT_S))
         self._store: Store = open_store(where, _CALL_TIMEOUT_S)
@@ -73,8 +74,11 @@ class Vmx:
             threading.Thread(target=_or_end, args=(work,), name=work.__name__, daemon=True).start()
         line: channel.Line | None = None
         while True:
-            ready, _, _ = select.select([line or listener], [], [], self._until_lapse_s())
+            guest = [self.guest] if self.guest else []
+            ready, _, _ = select.select([line or listener, *guest], [], [], self._until_lapse_s())
             self.stop_if_lapsed()
+            if self.guest in ready:  # the disk's thread may be at a write that does not end
+                os._exit(0)
             if not ready:
                 continue
             try:
@@ -83,6 +87,7 @@ class Vmx:
                     line.send(channel.Serving(self.page.generation), descriptors=[self.page.fd])
                 else:
                     self._obey(line)
+                    self.stop_if_lapsed()
             except (EOFError, OSError):  # this agent is gone
                 if line is not None:
                     line.close()
@@ -107,9 +112,7 @@ class Vmx:
                         self.guest = os.pidfd_open(request.pid)
                     self.gate = Gate(self.vm, request.gate)
                     self.lease = Lease(request.generation, request.sent_s)
-                    self.held, self.stalled = False, not self.lease.lasts(time.monotonic())
-                    if self.stalled:
-                        self.emit("vm.stalled", generation=self.lease.generation)
+                    self.held = self.stalled = False
                     self._own.set()
                 case channel.Hold():
                     self.held = True
@@ -121,15 +124,17 @@ class Vmx:
 
     def _until_lapse_s(self) -> float | None:
         with self.lock:
-            if self.lease is None or self.held or self.stalled:
-                return None if self.lease is None else PULSE_EVERY_S
-            return max(0.0, self.lease.until_s - time.monotonic())
+            if self.lease is None:
+                return None
+            left_s = self.lease.until_s - time.monotonic()
+            return left_s if left_s > 0 else PULSE_EVERY_S
 
     def stop_if_lapsed(self) -> None:
         with self.lock:
-            lapsed = self.lease is not None and not self.lease.lasts(time.monotonic())
-            if lapsed and not self.held and not self.stalled and self.gate is not None:
-                self.gate.shut()
+            if self.lease is None or self.gate is None or self.lease.lasts(time.monotonic()):
+                return
+            self.gate.shut()  # again and again: an agent that has just seen a lease may have opened it
+            if not self.held and not self.stalled:
                 self.stalled = True
                 self.emit("vm.stalled", generation=self.page.generation)
 
@@ -185,9 +190,7 @@ class Vmx:
             extended = lease.pulsed(sent_s, time.monotonic())
             if extended is not None:
                 self.lease = extended
-                if self.stalled:
-                    self._go_on()
-                elif not self.held:
+                if not self.held:
                     self.page.grant(extended)
                 return
             held = self.held
@@ -196,11 +199,16 @@ class Vmx:
 
     def _claim_next(self, lapsed: Lease) -> None:
         """The way back of an owner whose lease has lapsed, if nobody was faster (rule 4)."""
-        next_one = self._datastore.claim(self.vm, lapsed.generation + 1, self.host, patience_s=_CLAIM_PATIENCE_S)
+        draft = self._datastore.draft(self.vm, lapsed.generation + 1, self.host)
+        if draft is not None:
+            self._drafted.add(draft.claim.nonce)
+        next_one = draft.take(_CLAIM_PATIENCE_S) if draft else None
         if next_one is None:
             self._overtaken(lapsed)
             return
         with self.lock:
+            if self.lease is not lapsed:  # the agent has given it another one meanwhile
+                return
             self.lease = next_one
             self.page.generation = next_one.generation
             self.emit("generation.claimed", generation=next_one.generation)
@@ -217,7 +225,7 @@ class Vmx:
                 return
             if self.held:  # the destination of a migration, or an order of our agent's: if it is not, GoOn will show
                 self.lease = Lease.lapsed(lease.generation)
-            elif newest.host == self.host and newest.running:  # a claim of ours whose answer was lost
+            elif newest.nonce in self._drafted:  # a claim of ours whose answer was lost
                 self.lease = Lease.lapsed(newest.generation)
                 self.page.generation = newest.generation
             else:

@@ -61,15 +61,6 @@ def datastore(testbed: Testbed) -> Iterator[Store]:
         yield store
 
 
-def delete(testbed: Testbed, vm: str) -> None:
-    """A VM that is off, with its files: the plan's VM of this name is made anew by the next power-on."""
-    testbed.vcenter.unregister(vm)
-    with datastore(testbed) as store:
-        for name in store.names(f"/{vm}"):
-            store.unlink(f"/{vm}/{name}")
-        store.rmdir(f"/{vm}")
-
-
 def answers(testbed: Testbed, ip: str, within_s: int = 5) -> bool:
     """Whether c1 has an answer to one of the pings that it sends meanwhile, one a second."""
     words = ["ping", "-c1", "-i0.2", f"-w{within_s}", ip]

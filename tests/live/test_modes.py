@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from namespaces import inside
 from programs import command_line, eventually
-from testbeds import HOSTS, answers, delete, elsewhere, events, here, slow_cable, small_testbed
+from testbeds import HOSTS, answers, elsewhere, events, here, slow_cable, small_testbed
 
 from experiments.capture import WHOLE_FRAMES, Capture, CaptureNode
 from experiments.probes import Probes, Results
@@ -77,7 +77,6 @@ def another_vm(testbed: Testbed, **settings: Any) -> Iterator[str]:
             testbed.vcenter.delete(vm.name)
     finally:
         testbed.vcenter.plan = plan
-        delete(testbed, vm.name)
 
 
 @contextmanager

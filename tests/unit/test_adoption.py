@@ -61,12 +61,14 @@ class Found:
         self.site = SimpleNamespace(datastore=self.datastore, host=SimpleNamespace(name="esx1"))
         self.vm, self.generation, self.unsettled = SimpleNamespace(name="vm1"), len(hosts), 0
         self.done: list[str] = []
-        self.vmx = SimpleNamespace(go_on=lambda: self.done.append("go on"))
         self.guest = SimpleNamespace(run=lambda: self.done.append("run"))
         self.announcer = SimpleNamespace(start=lambda announced: self.done.append("announce"))
 
     def own(self, lease: Lease) -> None:
         self.done.append(f"own {lease.generation}")
+
+    def keep(self) -> None:
+        self.done.append("keep")
 
     def open_gate(self) -> None:
         self.done.append("open gate")
@@ -85,7 +87,7 @@ def settled(found: Found, state: str) -> bool:
 def test_the_vmx_of_one_that_runs_is_told_to_go_on_and_nothing_is_claimed(tmp_path: Path) -> None:
     found = Found(tmp_path, "esx1")
     assert settled(found, "running")
-    assert found.done == ["go on", "vm.adopted"]
+    assert found.done == ["keep", "vm.adopted"]
     assert found.datastore.newest_generation("vm1") == 1
 
 
