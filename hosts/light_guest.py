@@ -396,7 +396,8 @@ class LightGuest:
 
     def read(self, sock: socket.socket) -> None:
         """Requests on a transaction connection; a bulk client says nothing but good-bye."""
-        if sock not in self.selector.get_map():  # the disk's word, in the same look, has ended it or made it wait
+        # the disk's word, in the same look, has ended it (a closed one is no key: ValueError) or made it wait
+        if sock.fileno() < 0 or sock not in self.selector.get_map():
             return
         connection = self.connections[sock]
         try:
