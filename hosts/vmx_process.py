@@ -112,6 +112,8 @@ class Vmx:
                         self.guest = os.pidfd_open(request.pid)
                     self.gate = Gate(self.vm, request.gate)
                     self.lease = Lease(request.generation, request.sent_s)
+                    if self.held and self.lease.lasts(time.monotonic()):  # we may have shut it for the lease before
+                        self.gate.open()
                     self.held = self.stalled = False
                     self._own.set()
                 case channel.Hold():
