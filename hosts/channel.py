@@ -126,7 +126,8 @@ class Serving(Message, frozen=True):
 class Own(Message, frozen=True):
     """Agent: the VM is this host's, under a lease; from here on it is the vmx that keeps it. Answered by Done.
 
-    Its gate is open if the lease lasts; `pid` is the guest's.
+    The agent opens the gate if the lease lasts, and the vmx does so too if it was held: it may have shut it for the
+    lease before. `pid` is the guest's.
     """
 
     generation: int
