@@ -35,6 +35,7 @@ from experiments.injuries import Heal, Scene
 from experiments.run import Options, Run
 from experiments.testbed import Testbed, guest_pids
 from experiments.verdict import Findings, ledger_checks
+from experiments.waiting import until
 from hosts.ram import PAGE
 from hosts.tasks import Task
 from topologies.errors import TestbedError, UsageError
@@ -129,7 +130,7 @@ def play(testbed: Testbed, vm: str, case: Case) -> Verdict:
     scene = Scene(testbed, vm, vcenter.places[vm], vcenter.elsewhere(vm))
     with Clerk(testbed, vm, case.name) as clerk:
         task = _migrate_with(scene, case)
-        _until(lambda: not _migrations(testbed), "no agent is at a migration", _OVER_WITHIN_S)
+        until(lambda: not _migrations(testbed), "no agent is at a migration", _OVER_WITHIN_S)
         end = _end(scene)
         checks = {"end": end in case.ends, "one_vm": _one_vm(scene, end), "nothing_stray": _nothing_stray(scene, end)}
         checks["noticed"] = case.says in _reasons(scene, task)
@@ -152,7 +153,7 @@ def _migrate_with(scene: Scene, case: Case) -> Task[Any]:
         if case.after:
             before = len(_events(scene, case.after))
             _start(scene, case)
-            _until(lambda: len(_events(scene, case.after)) > before, f"{case.name}: {case.after}")
+            _await_event(scene, case.after, before, f"{case.name}: {case.after}")
             heals.append(_injure(scene, case))
         elif not at:
             heals.append(_injure(scene, case))
@@ -179,19 +180,19 @@ def _stop_at(scene: Scene, case: Case, host: str) -> list[Heal]:
     vcenter.breakpoint(host, case.at)
     if not case.unsure:
         _start(scene, case)
-        _until(lambda: len(_events(scene, "breakpoint.reached")) > reached, f"{case.name} has come to {case.at}")
+        _await_event(scene, "breakpoint.reached", reached, f"{case.name} has come to {case.at}")
         return []
     # a source becomes unsure if its destination, about to claim, says nothing
     vcenter.breakpoint(scene.target, "destination:rebuilding" if case.way == "postcopy" else "destination:restoring")
     _start(scene, case)
-    _until(lambda: len(_events(scene, "breakpoint.reached")) > reached, f"{case.name}: the destination is restoring")
+    _await_event(scene, "breakpoint.reached", reached, f"{case.name}: the destination is restoring")
     thaw = injuries.freeze_agent(scene, scene.target)
-    _until(lambda: len(_events(scene, "breakpoint.reached")) > reached + 1, f"{case.name} has come to {case.at}")
+    _await_event(scene, "breakpoint.reached", reached + 1, f"{case.name} has come to {case.at}")
 
     def go_on() -> None:
         thaw()
         vcenter.go_on(scene.target)
-        _until(lambda: not _migrations(scene.testbed, scene.target), "the destination has ended")
+        until(lambda: not _migrations(scene.testbed, scene.target), "the destination has ended", _REACHED_WITHIN_S)
 
     return [go_on]
 
@@ -239,7 +240,7 @@ def _source_ends_first(scene: Scene, heal: Heal) -> Heal:
 
     def healed() -> None:
         heal()
-        _until(lambda: len(_events(scene, "vm.resumed_at_source")) > resumed, "the source has asked the datastore")
+        _await_event(scene, "vm.resumed_at_source", resumed, "the source has asked the datastore")
 
     return healed
 
@@ -310,12 +311,9 @@ def _events(scene: Scene, kind: str) -> list[Any]:
     return find(read_events(scene.testbed.run.events_file), kind)
 
 
-def _until(holds: Callable[[], bool], what: str, within_s: float = _REACHED_WITHIN_S) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        if time.monotonic() > deadline:
-            raise TestbedError(f"not within {within_s:g} s: {what}")
-        time.sleep(0.02)
+def _await_event(scene: Scene, kind: str, count: int, what: str) -> None:
+    """Until there are more of them than `count`."""
+    until(lambda: len(_events(scene, kind)) > count, what, _REACHED_WITHIN_S)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ from experiments.run import Run
 from experiments.tenures import disk_record, overlap_ms, show, tenures
 from experiments.testbed import Testbed
 from experiments.verdict import Findings, ledger_checks
+from experiments.waiting import until
 from hosts.availability import Availability
 from hosts.ownership import LEASE_S
-from topologies.errors import TestbedError
 from topologies.events import Event, find, read_events
 
 WITHIN_S = LEASE_S + 5.0
@@ -121,15 +121,12 @@ def _await_restart(testbed: Testbed, vm: str, since_ns: int) -> None:
     report.say(f"{vm} runs on {testbed.vcenter.places[vm]}")
 
 
-def _await(testbed: Testbed, kind: str, since_ns: int, host: str = "", within_s: float = 4 * WITHIN_S) -> None:
-    deadline = time.monotonic() + within_s
-    while not any(
-        event["t"] > since_ns and host in ("", event["source"])
-        for event in find(read_events(testbed.run.events_file), kind)
-    ):
-        if time.monotonic() > deadline:
-            raise TestbedError(f"no event {kind} of {host or 'anybody'} within {within_s:g} s")
-        time.sleep(0.05)
+def _await(testbed: Testbed, kind: str, since_ns: int, host: str = "") -> None:
+    def has_come() -> bool:
+        events = find(read_events(testbed.run.events_file), kind)
+        return any(event["t"] > since_ns and host in ("", event["source"]) for event in events)
+
+    until(has_come, f"an event {kind} of {host or 'anybody'}", 4 * WITHIN_S)
 
 
 def _act(events: list[Event], arrived_ns: list[int], vm: str, began_ns: int) -> Act:

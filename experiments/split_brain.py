@@ -14,7 +14,6 @@ healed it finds out. Afterwards:
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments import injuries, report
@@ -25,6 +24,7 @@ from experiments.run import Run
 from experiments.tenures import disk_record, overlap_ms, show, tenures
 from experiments.testbed import Testbed
 from experiments.verdict import Findings, ledger_checks
+from experiments.waiting import until
 from hosts.availability import Availability
 from hosts.ownership import LEASE_S
 from topologies.errors import TestbedError
@@ -114,7 +114,7 @@ def play(testbed: Testbed, vm: str, moment: Moment) -> Story:
     reached = len(_reached(testbed))
     vcenter.breakpoint(stopped, moment.at, _STOPPED_S)
     task = vcenter.start_migration(vm, destination)
-    _until(lambda: len(_reached(testbed)) > reached, f"{moment.name}: the migration comes to {moment.at}")
+    until(lambda: len(_reached(testbed)) > reached, f"{moment.name}: the migration comes to {moment.at}", _WITHIN_S)
     heal = injuries.isolate(Scene(testbed, vm, source, destination), victim)
     try:
         time.sleep(_CUT_S)
@@ -122,7 +122,7 @@ def play(testbed: Testbed, vm: str, moment: Moment) -> Story:
         heal()
     if not task.over.wait(_WITHIN_S):
         raise TestbedError(f"{moment.name}: the migration has not come to an end")
-    _until(lambda: _settled(testbed, vm), f"{moment.name}: {vm} runs on one host")
+    until(lambda: _settled(testbed, vm), f"{moment.name}: {vm} runs on one host", _WITHIN_S)
     return Story(moment.name, source, destination, vcenter.places[vm], task.status().message or "moved")
 
 
@@ -139,14 +139,6 @@ def _settled(testbed: Testbed, vm: str) -> bool:
 
 def _reached(testbed: Testbed) -> list[object]:
     return list(find(read_events(testbed.run.events_file), "breakpoint.reached"))
-
-
-def _until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + _WITHIN_S
-    while not holds():
-        if time.monotonic() > deadline:
-            raise TestbedError(f"not within {_WITHIN_S:g} s: {what}")
-        time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,21 @@
 VMware's vSwitch sends RARP requests for the VM's own MAC (RFC 903); a switch learns from their source
 address. They carry no IP address, so where ARP is suppressed a gratuitous ARP (RFC 5227) is needed too.
 
-    python -m hosts.announce rarp 00:50:56:00:00:01 10.0.0.11      # the frames in hex, one a line
+    python -m hosts.announce      # reads lines like "rarp 00:50:56:00:00:01 10.0.0.11", answers with frames in hex
 
-scapy builds the frames, in a process of its own: its import takes a second and 40 MB, and sending
-through it 24 ms a frame, where bytes written to a bound packet socket take 4 us.
+scapy builds the frames, in a process that stays beside the agent: its import takes a second and 40 MB, and
+sending through it 24 ms a frame, where bytes written to a bound packet socket take 4 us.
 """
 
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+from hosts.processes import ROOT
 from topologies.errors import TestbedError
 
 MODES = ("rarp", "garp", "both", "none")
@@ -39,30 +40,52 @@ def frames(mode: str, mac: str, ip: str) -> list[bytes]:
 Sent = Callable[[int, str, int], None]
 
 
+class FrameBuilder:
+    """The process with scapy: it is started at once, and who asks before its import is done waits for that."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process = self._started()
+
+    def _started(self) -> "subprocess.Popen[str]":
+        words = [sys.executable, "-m", "hosts.announce"]
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+    def frames(self, mode: str, mac: str, ip: str) -> list[bytes]:
+        """As `frames`; a process that has ended is started again, and one that ends over it is an error."""
+        with self._lock:
+            if self._process.poll() is not None:
+                self._end()
+                self._process = self._started()
+            assert self._process.stdin is not None and self._process.stdout is not None
+            try:
+                print(mode, mac, ip, file=self._process.stdin, flush=True)
+                line = self._process.stdout.readline()
+            except OSError as error:
+                raise TestbedError(f"scapy could not build the announcement: {error}") from error
+        if not line:
+            raise TestbedError(f"scapy could not build the announcement: its process ended ({self._process.wait()})")
+        return [bytes.fromhex(frame) for frame in line.split()]
+
+    def close(self) -> None:
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        self._process.kill()
+        with self._process:  # its pipes are closed, it is waited for
+            pass
+
+
 class Announcer:
     """Frames ready to be sent through a vSwitch of this network namespace, on schedule."""
 
-    def __init__(self, mode: str, mac: str, ip: str, schedule_ms: tuple[int, ...]) -> None:
-        self._mode, self._schedule_ms = mode, schedule_ms
-        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-        self._builder = subprocess.Popen(
-            [sys.executable, "-m", "hosts.announce", mode, mac, ip],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=Path(__file__).parent.parent,
-        )
+    def __init__(self, mode: str, frames: list[bytes], vswitch: str, schedule_ms: tuple[int, ...]) -> None:
+        self._mode, self._frames, self._schedule_ms = mode, frames, schedule_ms
         self._silent, self._sending = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
-
-    def prepare(self, vswitch: str) -> None:
-        """Bind to the vSwitch and wait for the frames; everything slow happens here."""
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         self._socket.bind((vswitch, 0))
-        out, err = self._builder.communicate()
-        if self._builder.returncode:
-            last = err.decode(errors="replace").strip().splitlines()[-1:]
-            raise TestbedError(f"scapy could not build the announcement: {' '.join(last)}")
-        self._frames = [bytes.fromhex(line) for line in out.decode().split()]
 
     def start(self, sent: Sent) -> None:
         """The schedule begins now; a round due at 0 ms has left when this returns. `sent` hears of each round."""
@@ -102,13 +125,16 @@ class Announcer:
         self.silence()
         if self._thread is not None:
             self._thread.join()
-        self._builder.kill()
-        self._builder.wait()
-        for pipe in (self._builder.stdout, self._builder.stderr):
-            if pipe is not None:
-                pipe.close()
         self._socket.close()
 
 
+def main() -> None:
+    """Until its input ends, which it does with the agent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    frames("rarp", "00:00:00:00:00:00", "0.0.0.0")  # the import
+    for line in sys.stdin:
+        print(" ".join(frame.hex() for frame in frames(*line.split())), flush=True)
+
+
 if __name__ == "__main__":
-    print("\n".join(frame.hex() for frame in frames(*sys.argv[1:4])))
+    main()

@@ -52,14 +52,10 @@ class Boot(Message, frozen=True):
 
 
 class Booted(Message, frozen=True):
-    """Guest: it runs, with what its disk held: entries of its ledger, how many of them were replayed.
-
-    Nothing was written to the disk under a newer `generation`.
-    """
+    """Guest: it runs, with what its disk held: entries of its ledger, how many of them were replayed."""
 
     entries: int
     replayed: int
-    generation: int
 
 
 class Await(Message, frozen=True):
@@ -118,9 +114,7 @@ class Halted(Message, frozen=True):
 
 
 class Serving(Message, frozen=True):
-    """Vmx: the first word on a connection; its lease page comes with it."""
-
-    generation: int  # under which it keeps the VM, 0 if it does not
+    """Vmx: the first word on a connection; its lease page comes with it, and says all the rest."""
 
 
 class Own(Message, frozen=True):

@@ -18,7 +18,7 @@ import msgspec
 from hosts.policy import Policy
 from hosts.transport import Transport
 from topologies.errors import TestbedError
-from topologies.plan import VM
+from topologies.plan import NAME_PATTERN, VM
 
 PORT = 8443
 MANAGER = "vcenter"
@@ -38,7 +38,7 @@ class AgentGone(ControlError):
 
 
 # A VM's name becomes part of paths on a datastore and of sockets' names
-VmName = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9]{0,7}\Z")]
+VmName = Annotated[str, msgspec.Meta(pattern=rf"\A{NAME_PATTERN}\Z")]
 
 
 class Request(msgspec.Struct, tag=True, frozen=True):

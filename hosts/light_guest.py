@@ -231,7 +231,7 @@ class LightGuest:
                 self._open_services()
                 self._run()
                 self.state = "running"
-                return channel.Booted(recovered.entries, recovered.replayed, recovered.generation)
+                return channel.Booted(recovered.entries, recovered.replayed)
             case channel.Shutdown():
                 self.running, self.state = False, "suspended"
                 self._flush()

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from hosts.announce import Announcer
+from hosts.announce import Announcer, FrameBuilder
 from hosts.datastore import Datastore
 from hosts.disk_channel import socket_pair
 from hosts.guest import Guest, GuestEnded, LightGuest
@@ -23,7 +23,7 @@ from topologies.plan import VM, Host
 
 @dataclass(frozen=True)
 class Site:
-    """What every VM of one host shares: the host's plan, its datastore (and the name of it), events, logs, sockets."""
+    """What every VM of one host shares: its plan, its datastore (and the name of it), events, logs, sockets, scapy."""
 
     host: Host
     where: str
@@ -32,6 +32,7 @@ class Site:
     events: EventLog
     logs: Path
     guests: Path
+    frame_builder: FrameBuilder
 
     def log_of(self, vm: str) -> Path:
         """What a guest's process says."""
@@ -61,20 +62,14 @@ class Machine:
     vmx: Vmx
     port: VmPort
     announcer: Announcer
-    vswitch: str
     unsettled: int = 0  # suspended in a switchover: the generation that may be ours, and the datastore did not answer
     _logs: bool = False  # what happens to it goes into its vmware.log, too
 
     @classmethod
     def build(cls, site: Site, vm: VM, mode: str, schedule_ms: tuple[int, ...]) -> "Machine":
-        """RAM, guest, vmx with the disk opened, a dark port; nothing runs, nothing shows.
-
-        The announcement's frames are still in the making: `prepare` waits for them.
-        """
+        """RAM, guest, vmx with the disk opened, a dark port, the announcement; nothing runs, nothing shows."""
         vswitch, name = site.host.vswitch_of(vm.port_group).name, vm.name
         with ExitStack() as undo:
-            announcer = Announcer(mode, vm.mac, str(vm.interface.ip), schedule_ms)
-            undo.callback(announcer.close)
             memo = msgspec.json.encode(Memo(mode, schedule_ms))
             home, log = site.guests / name, site.log_of(name)
             guests_end, vmx_end = socket_pair()
@@ -90,8 +85,9 @@ class Machine:
             undo.callback(_remove_swap, site, vm)
             port = VmPort(vswitch, vm, guest.pid)
             undo.callback(port.remove)
+            announcer = _announcer(site, vm, Memo(mode, schedule_ms))
             undo.pop_all()
-        return cls(site, vm, guest, vmx, port, announcer, vswitch)
+        return cls(site, vm, guest, vmx, port, announcer)
 
     @classmethod
     def adopt(cls, site: Site, home: Path) -> "Machine":
@@ -106,17 +102,11 @@ class Machine:
                 raise GuestEnded(str(error)) from error
             undo.callback(vmx.let_go)
             vm, memo = guest.vm, msgspec.json.decode(guest.memo, type=Memo)
-            vswitch = site.host.vswitch_of(vm.port_group).name
-            announcer = Announcer(memo.announce, vm.mac, str(vm.interface.ip), memo.schedule_ms)
+            announcer = _announcer(site, vm, memo)
             undo.callback(announcer.close)
-            port = VmPort.adopt(vswitch, vm, guest.pid)
-            announcer.prepare(vswitch)
+            port = VmPort.adopt(site.host.vswitch_of(vm.port_group).name, vm, guest.pid)
             undo.pop_all()
-        return cls(site, vm, guest, vmx, port, announcer, vswitch)
-
-    def prepare(self) -> None:
-        """From here on it can be announced in no time."""
-        self.announcer.prepare(self.vswitch)
+        return cls(site, vm, guest, vmx, port, announcer)
 
     @property
     def generation(self) -> int:
@@ -187,6 +177,11 @@ class Machine:
             steps.callback(self.guest.power_off)
             steps.callback(self.port.remove)
             steps.callback(self.announcer.close)
+
+
+def _announcer(site: Site, vm: VM, memo: Memo) -> Announcer:
+    frames = site.frame_builder.frames(memo.announce, vm.mac, str(vm.interface.ip))
+    return Announcer(memo.announce, frames, site.host.vswitch_of(vm.port_group).name, memo.schedule_ms)
 
 
 def _add_swap(site: Site, vm: VM) -> None:

@@ -6,7 +6,7 @@ import socket
 import struct
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,41 +55,35 @@ class Vmx:
     @classmethod
     def start(cls, vm: str, host: str, where: Where, home: Path, disk: socket.socket) -> "Vmx":
         """A new one, reached by the socket `home`; `disk`: its end of the guest's disk."""
-        vmx, log = cls(vm, home, where.log), where.log
-        vmx.page = LeasePage.create(vm)
-        with socket.socket(socket.AF_UNIX) as listener, open(log, "ab") as out:
+        vmx = cls(vm, home, where.log)
+        with ExitStack() as undo, socket.socket(socket.AF_UNIX) as listener, open(where.log, "ab") as out:
             vmx._said_before = out.tell()
+            vmx.page = LeasePage.create(vm)
+            undo.callback(vmx.page.close)
             try:
                 end_behind(home)  # one that has lost its guest, and not noticed
                 listener.bind(str(home))
+                undo.callback(home.unlink, missing_ok=True)
                 listener.listen()
                 vmx._line = channel.Line(connect(home))
             except OSError as error:
-                vmx.page.close()
                 raise VmxError(f"VM {vm}: no socket {home} for its vmx: {error.strerror}") from error
-            words = [
-                sys.executable,
-                "-m",
-                "hosts.vmx_process",
-                "--vm",
-                vm,
-                "--host",
-                host,
-                "--datastore",
-                where.datastore,
-            ]
-            words += ["--events", str(where.events), "--listener", str(listener.fileno())]
-            words += ["--disk", str(disk.fileno()), "--page", str(vmx.page.fd)]
+            undo.callback(vmx._line.close)
+            descriptors = {"--listener": listener.fileno(), "--disk": disk.fileno(), "--page": vmx.page.fd}
+            words = [sys.executable, "-m", "hosts.vmx_process", "--vm", vm, "--host", host]
+            words += ["--datastore", where.datastore, "--events", str(where.events)]
+            words += [word for option, fd in descriptors.items() for word in (option, str(fd))]
             vmx._process = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                pass_fds=(listener.fileno(), disk.fileno(), vmx.page.fd),
+                pass_fds=tuple(descriptors.values()),
                 start_new_session=True,
                 cwd=ROOT,
             )
             vmx._pidfd = os.pidfd_open(vmx._process.pid)
+            undo.pop_all()
         return vmx
 
     def greet(self) -> None:
@@ -107,19 +101,23 @@ class Vmx:
     def adopt(cls, vm: str, home: Path, log: Path) -> "Vmx":
         """The one behind a socket, which another agent has started. VmxGone if there is none any more."""
         vmx = cls(vm, home, log)
-        try:
-            connection = connect(home)
-            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            vmx._line = channel.Line(connection)
-            vmx._line.settimeout(_ANSWER_TIMEOUT_S)
-            _, (page,) = vmx._line.receive_with_descriptors()
-            vmx.page = LeasePage(page)
-            vmx._pidfd = os.pidfd_open(struct.unpack("iII", credentials)[0])
-        except (EOFError, ConnectionError, FileNotFoundError) as error:
-            home.unlink(missing_ok=True)
-            raise VmxGone(f"VM {vm}: its vmx at {home} has ended; see {log}") from error
-        except (OSError, msgspec.MsgspecError) as error:
-            raise VmxError(f"VM {vm}: its vmx at {home} cannot be reached: {error}; see {log}") from error
+        with ExitStack() as undo:
+            try:
+                connection = connect(home)
+                vmx._line = channel.Line(connection)
+                undo.callback(vmx._line.close)
+                credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                vmx._line.settimeout(_ANSWER_TIMEOUT_S)
+                _, (page,) = vmx._line.receive_with_descriptors()
+                vmx.page = LeasePage(page)
+                undo.callback(vmx.page.close)
+                vmx._pidfd = os.pidfd_open(struct.unpack("iII", credentials)[0])
+            except (EOFError, ConnectionError, FileNotFoundError, ProcessLookupError) as error:
+                home.unlink(missing_ok=True)
+                raise VmxGone(f"VM {vm}: its vmx at {home} has ended; see {log}") from error
+            except (OSError, ValueError, msgspec.MsgspecError) as error:
+                raise VmxError(f"VM {vm}: its vmx at {home} cannot be reached: {error}; see {log}") from error
+            undo.pop_all()
         return vmx
 
     @property

@@ -26,6 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from hosts import channel
 from hosts.datastore import Claim, Datastore, DatastoreError, DatastoreSilent, Keeper, OwnerUnknown, user_of
 from hosts.disk_channel import DiskServer, Request
@@ -84,11 +86,11 @@ class Vmx:
             try:
                 if line is None:
                     line = channel.Line(listener.accept()[0])
-                    line.send(channel.Serving(self.page.generation), descriptors=[self.page.fd])
+                    line.send(channel.Serving(), descriptors=[self.page.fd])
                 else:
                     self._obey(line)
                     self.stop_if_lapsed()
-            except (EOFError, OSError):  # this agent is gone
+            except (EOFError, OSError, msgspec.MsgspecError):  # this agent is gone, or talks nonsense: the next one
                 if line is not None:
                     line.close()
                 line = None

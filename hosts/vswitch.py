@@ -48,7 +48,7 @@ class VmPort:
     """The port of one VM on a vSwitch of this host: a veth pair into the VM's namespace. Starts dark."""
 
     def __init__(self, vswitch: str, vm: VM, pid: int) -> None:
-        self.vm, self.state = vm, "dark"
+        self.vm = vm
         self.name = f"{vm.name}.{_VM_DEVICE}"
         self._index = 0  # of its device, once there is something of ours to take away
         self._gate: Gate | None = None
@@ -71,8 +71,6 @@ class VmPort:
             found = netlink.link_lookup(ifname=port.name)
         if not found:
             return cls(vswitch, vm, pid)
-        state = int(Path(f"/sys/class/net/{port.name}/brport/state").read_text())
-        port.state = "open" if state == _FORWARDING else "dark"
         port._index, port._gate = found[0], _gate_of(vm, found[0])
         return port
 
@@ -98,12 +96,10 @@ class VmPort:
     def open(self) -> None:
         """dark -> open. All that the VM needs of the network has to be in place."""
         self.gate.open()
-        self.state = "open"
 
     def shut(self) -> None:
         """open -> dark."""
         self.gate.shut()
-        self.state = "dark"
 
     def remove(self) -> None:
         """Take the port away, as far as the end of the VM's namespace has not done so already."""

@@ -36,12 +36,17 @@ class EventLog:
         try:
             os.write(self._fd, json.dumps(record, separators=(",", ":")).encode() + b"\n")
         except OSError as error:  # a full disk: a record must not decide about a VM
-            with contextlib.suppress(OSError):  # nor what is said about it, on the same disk
-                print(f"event lost: {record}: {error}", file=sys.stderr, flush=True)
+            say(f"event lost: {record}: {error}")
         return stamp
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def say(line: str) -> None:
+    """For people, into the process's log; on a full disk the work goes on without."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def clock_pair() -> dict[str, int]:

@@ -23,12 +23,14 @@ from topologies.units import format_size, parse_bitrate, parse_percent, parse_ra
 DEFAULT_PLAN = Path(__file__).with_name("two_hosts.toml")
 
 # An interface is named <host>-<uplink> ("esx1-vmnic0") and Linux allows 15 characters.
-_NAME = re.compile(r"[a-z][a-z0-9]{0,7}")
+NAME_PATTERN = "[a-z][a-z0-9]{0,7}"  # of a node: it is in the names of devices, namespaces, files
+_NAME = re.compile(NAME_PATTERN)
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _PAGE = 4096
 _UPLINKS = {"vmnic0": "to the physical switch", "vmnic1": "the vMotion cable"}
 MIN_RAM_BYTES = 16 * 2**20
 MIN_DISK_BYTES = 2**20
+_MAX_BYTES = 2**40  # of either: beyond it, it is a slip
 
 
 class PlanError(UsageError):
@@ -457,14 +459,14 @@ def check_vm(vm: VM, host: Host) -> None:
     _check_addresses_of(vm)
     if not any(vm.port_group in v.port_groups for v in host.vswitches):
         raise PlanError(f"VM {vm.name!r}: host {host.name!r} has no port group {vm.port_group!r}")
-    if vm.ram < MIN_RAM_BYTES or vm.ram % _PAGE:
-        raise PlanError(f"VM {vm.name!r}: RAM of {vm.ram} bytes; it takes at least 16MiB, in whole 4 KiB pages")
+    if not MIN_RAM_BYTES <= vm.ram <= _MAX_BYTES or vm.ram % _PAGE:
+        raise PlanError(f"VM {vm.name!r}: RAM of {vm.ram} bytes; it takes 16MiB to 1TiB, in whole 4 KiB pages")
     if not 0 <= vm.fill <= 1:
         raise PlanError(f"VM {vm.name!r}: fill of {vm.fill:.0%}; it must be 0% to 100%")
     if not 0 <= vm.compressible <= 1:
         raise PlanError(f"VM {vm.name!r}: compressible by {vm.compressible:.0%}; it must be 0% to 100%")
-    if vm.disk < MIN_DISK_BYTES or vm.disk % 512:
-        raise PlanError(f"VM {vm.name!r}: a disk of {vm.disk} bytes; it takes at least 1MiB, in whole sectors")
+    if not MIN_DISK_BYTES <= vm.disk <= _MAX_BYTES or vm.disk % 512:
+        raise PlanError(f"VM {vm.name!r}: a disk of {vm.disk} bytes; it takes 1MiB to 1TiB, in whole sectors")
     if not vm.bulk_rate:
         raise PlanError(f"VM {vm.name!r}: the bulk stream cannot be unshaped; write a rate like 10Mbit")
     if not _PAGE <= vm.working_set <= vm.ram:

@@ -1,12 +1,9 @@
 """Announcement frames, byte for byte as they go on the wire, and their schedule."""
 
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address
-from pathlib import Path
 
 import pytest
 from fakes import arp, rarp
@@ -14,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from programs import eventually
 
-from hosts.announce import MODES, Announcer, frames
+from hosts.announce import MODES, Announcer, FrameBuilder, frames
+from topologies.errors import TestbedError
 
 MAC, IP = "00:50:56:00:00:01", "10.0.0.11"
 # destination, source, ethertype | hardware and protocol, their lengths, operation | sender | target
@@ -44,11 +42,23 @@ def test_the_frames_of_any_vm_are_what_the_tests_of_the_controller_feed_it(mac: 
     assert [len(frame) for frame in built] == [60, 60]
 
 
-def test_the_program_prints_the_same_frames() -> None:
-    root = Path(__file__).parents[2]
-    words = [sys.executable, "-m", "hosts.announce", "both", MAC, IP]
-    printed = subprocess.run(words, cwd=root, check=True, capture_output=True, text=True).stdout
-    assert [bytes.fromhex(line) for line in printed.split()] == frames("both", MAC, IP)
+@pytest.fixture(scope="module")
+def builder() -> Iterator[FrameBuilder]:
+    builder = FrameBuilder()
+    yield builder
+    builder.close()
+
+
+def test_the_process_with_scapy_builds_the_same_frames_for_one_vm_after_the_other(builder: FrameBuilder) -> None:
+    for mode in MODES:
+        for mac in (MAC, "00:50:56:00:00:02"):
+            assert builder.frames(mode, mac, IP) == frames(mode, mac, IP)
+
+
+def test_a_process_with_scapy_that_has_died_is_started_again(builder: FrameBuilder) -> None:
+    with pytest.raises(TestbedError, match="scapy could not build the announcement: its process ended"):
+        builder.frames("gratuitous", MAC, IP)
+    assert builder.frames("rarp", MAC, IP) == frames("rarp", MAC, IP)
 
 
 # ---------------------------------------------------------------- the schedule
@@ -58,11 +68,10 @@ def test_the_program_prints_the_same_frames() -> None:
 def announcer(schedule_ms: tuple[int, ...]) -> Iterator[Announcer]:
     """One that is ready to announce to this machine's own loopback device."""
     try:
-        announcer = Announcer("both", MAC, IP, schedule_ms)
+        announcer = Announcer("both", frames("both", MAC, IP), "lo", schedule_ms)
     except PermissionError:
         pytest.skip("a packet socket needs root")
     try:
-        announcer.prepare("lo")
         yield announcer
     finally:
         announcer.close()

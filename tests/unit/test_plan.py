@@ -156,8 +156,9 @@ REFUSALS = {
     # quantities
     "RAM without a unit": ('"512MiB"', "512", ["VM 'vm1', key 'ram'", "512 has no unit"]),
     "RAM as text without a unit": ('"512MiB"', '"512"', ["VM 'vm1', key 'ram'", "'512' has no unit", "512MiB"]),
-    "RAM of 0": ('"512MiB"', '"0MiB"', ["VM 'vm1'", "RAM of 0 bytes", "at least 16MiB"]),
-    "too little RAM": ('"512MiB"', '"15MiB"', ["VM 'vm1'", "RAM of 15728640 bytes", "at least 16MiB"]),
+    "RAM of 0": ('"512MiB"', '"0MiB"', ["VM 'vm1'", "RAM of 0 bytes", "16MiB to 1TiB"]),
+    "too little RAM": ('"512MiB"', '"15MiB"', ["VM 'vm1'", "RAM of 15728640 bytes", "16MiB to 1TiB"]),
+    "too much RAM": ('"512MiB"', '"2048GiB"', ["VM 'vm1'", "RAM of 2199023255552 bytes", "16MiB to 1TiB"]),
     "RAM in no whole pages": ('"512MiB"', '"600000001B"', ["VM 'vm1'", "RAM of 600000001 bytes", "whole 4 KiB pages"]),
     "negative RAM": ('"512MiB"', '"-512MiB"', ["VM 'vm1', key 'ram'", "'-512MiB' is no quantity"]),
     "a working set too large": ('"64MiB"', '"513MiB"', ["VM 'vm1'", "working set of 513 MiB", "at most its RAM"]),
