@@ -1,219 +1,404 @@
-"""The controller process: OpenFlow in, locations decided, OpenFlow out; and its launcher.
+"""The SDN controller's application: OpenFlow in, locations decided, OpenFlow out.
 
-    python -m controller.app --listen 127.0.0.1 --port 6653 --events events.jsonl
+What it decides is in pure modules: where a MAC is (locations), whether to believe it (guard), which trunks there are
+(discovery, network), what the tables have to say (forwarding), how that is said (openflow). Here is when.
 
 Events, besides the t, source and kind that every event has; `switch` is the datapath id in 16 hex
 digits, ports are OpenFlow numbers, times are CLOCK_MONOTONIC in ns:
 
     controller.listening  address, port
-    switch.connected      switch, address     its tables hold the pipeline: what it sends now is learned
-    switch.disconnected   switch
+    switch.connected      switch, address, kept, added, deleted, ms   its tables are as they have to be: what it sends
+                                                                  now is learned. Entries it had, got, and lost by
+                                                                  that; how long it took
+    switch.disconnected   switch                                  it goes on with the entries it has
     switch.error          switch, type, code  it refused a message: OFPET_ and OFPxxFC_ numbers of OpenFlow 1.3
     mac.learned           mac, switch, port, cause                        cause: rarp, garp, frame, manager
     mac.forgotten         mac, switch, port                               the port went down or away
-    mac.moved             mac, switch, from, to, cause, packet_in, flow_mod
-    mac.relearned         the same and barrier (= t)                      the switch confirmed that move
+    mac.held              mac, switch, from_switch, from, to, cause       not announced: the old place is asked
+    mac.moved             mac, switch, from_switch, from, to, cause, announced, packet_in, flow_mod
+    mac.relearned         the same and barrier (= t)                      every switch confirmed that move
+    mac.refused           mac, switch, port, node, cause, reason, times   an alarm; at most one a second for each
+                                                                          port and reason, `times` since the last
+    port.quarantined      switch, port, node                              the switch drops what is unknown from there
+    trunk.up, trunk.down  switch, port, other_switch, other_port
+    intent.taken          mac, from, to                                   the manager's word (controller/intents.py)
 
-`packet_in` is when the frame was handled here, `flow_mod` when the changes were handed to the
-connection, `barrier` when the switch said it had processed them.
+`packet_in` is when the frame was handled here, `flow_mod` when the changes were handed to the first connection,
+`barrier` when the last switch said it had processed them.
 """
 
-import argparse
-import logging
-import os
-import signal
-import socket
-import sys
 import time
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-from controller import openflow
-from controller.locations import Cause, Decision, Forgotten, Learned, Locations, Moved, classify
+from controller import discovery, openflow
+from controller.discovery import Change, Discovery
+from controller.forwarding import Forwarding, Step
+from controller.guard import HOLD_S, OF_A_VM, TOO_MANY, Guard, Intent, Policy
+from controller.locations import (
+    Cause,
+    Decision,
+    Forgotten,
+    Held,
+    Learned,
+    Locations,
+    Moved,
+    Refused,
+    Source,
+    classify,
+)
+from controller.network import Network, Port
+from controller.openflow import FlowMod, FlowStats
+from controller.probe import arp_probe
 from controller.sdn_backend import (
     DEAD_DISPATCHER,
     MAIN_DISPATCHER,
     OPENFLOW_1_3,
     App,
-    listen,
     ofp_event,
+    read_flow_stats_as,
     set_ev_cls,
-    start,
+    sleep,
+    spawn,
 )
-from topologies.errors import UsageError
+from controller.switches import Switch, SwitchGone, is_cable, name_of
 from topologies.events import EventLog
+
+_MOVES_REMEMBERED = 1000
+_IPS_REMEMBERED = 20_000
+_ALARM_EVERY_S = 1.0
 
 
 class Mobility(App):
-    """Makes every switch that connects a learning switch, and tells of each move."""
+    """Makes the switches that connect one learning network, and tells of each move."""
 
     OFP_VERSIONS = [OPENFLOW_1_3]
 
-    def __init__(self, event_log: EventLog) -> None:
+    def __init__(self, event_log: EventLog, policy: Policy | None = None) -> None:
         super().__init__()
         self._log = event_log
-        self._locations = Locations()
-        self._datapaths: dict[str, Any] = {}
-        # What to tell when the barrier of this transaction is answered: (switch, xid) -> (kind, fields)
-        self._unconfirmed: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
+        self.guard = Guard(policy)
+        self.network, self.locations = Network(), Locations(self.guard)
+        self.switches: dict[str, Switch] = {}
+        self.moves: deque[dict[str, Any]] = deque(maxlen=_MOVES_REMEMBERED)
+        self.alarms = self.packet_ins = 0
+        self._forwarding = Forwarding(self.network, self.locations)
+        self._discovery = Discovery()
+        self._ips = dict(self.guard.policy.vms)  # MAC -> where it can be asked
+        self._rest: dict[str, list[Step]] = {}  # MAC that moves -> what follows once its new edge has confirmed
+        self._alarmed: dict[tuple[Port, str], tuple[float, int]] = {}  # -> when, how often since
+        read_flow_stats_as(FlowStats)
 
-    # ------------------------------------------------------------ from the switches
+    def start(self) -> Any:
+        spawn(self._look_around)
+        return super().start()
+
+    # ------------------------------------------------------------ switches come and go
 
     @set_ev_cls(ofp_event.EventOFPStateChange, [MAIN_DISPATCHER, DEAD_DISPATCHER])
     def _state_changed(self, event: Any) -> None:
         datapath = event.datapath
         if event.state == MAIN_DISPATCHER:
-            switch = _name(datapath)
-            if switch in self._datapaths:  # it came back before its old connection was known to be dead
-                self._lost(switch)
-            self._datapaths[switch] = datapath
-            xid = self._send(datapath, openflow.pipeline())
-            self._unconfirmed[switch, xid] = "switch.connected", {"switch": switch, "address": datapath.address[0]}
-        elif self._is_current(datapath):
-            self._lost(_name(datapath))
+            switch = Switch(datapath)
+            if switch.name in self.switches:  # it came back before its old connection was known to be dead
+                self._lost(switch.name)
+            self.switches[switch.name] = switch
+            spawn(self._take_on, switch)
+        elif (lost := self._of(datapath)) is not None:
+            self._lost(lost.name)
 
-    def _lost(self, switch: str) -> None:
-        """A switch without its controller changes on its own: when it is back, it starts from nothing."""
-        del self._datapaths[switch]
-        self._locations.forget_switch(switch)
-        for key in [key for key in self._unconfirmed if key[0] == switch]:
-            del self._unconfirmed[key]
-        self._log.emit("switch.disconnected", switch=switch)
+    def _take_on(self, switch: Switch) -> None:
+        """Its entries are the memory of its locations; what differs from what they have to be is changed at once."""
+        began_ns = time.monotonic_ns()
+        try:
+            stats = switch.dump()
+        except SwitchGone:  # its connection's end will be told
+            return
+        if self.switches.get(switch.name) is not switch:
+            return
+        self._flush()
+        self.network.add_switch(switch.name)
+        for number in switch.ports:
+            self._name_port(switch, number)
+        youngest_first = sorted((entry for entry in stats if entry.flow is not None), key=lambda entry: entry.age_s)
+        self._adopt(switch, youngest_first)
+        kept = [entry.flow for entry in stats if entry.flow is not None]
+        desired = self._forwarding.desired(switch.name)
+        if len(kept) < len(stats):  # the others are not ours: nothing of them may stay
+            changes = [openflow.CLEAR, *(FlowMod("add", flow) for flow in desired)]
+        else:
+            changes = openflow.difference(kept, desired)
+        added = sum(change.command == "add" for change in changes)
+        deleted = len(stats) + added - len(desired)
+        fields = {"kept": len(stats) - deleted, "added": added, "deleted": deleted}
+        switch.is_synced = True
+        switch.send_at_once(changes, partial(self._taken_on, switch, fields, began_ns))
+        self._discover([switch])
+
+    def _adopt(self, switch: Switch, youngest_first: list[FlowStats]) -> None:
+        for entry in youngest_first:
+            flow = entry.flow
+            if flow is None or flow.table != openflow.SOURCES:
+                continue
+            mac, number = flow.match.eth_src, flow.match.in_port
+            if mac is not None and number is not None and number in switch.ports:
+                self.locations.adopt(mac, Port(switch.name, number))
+
+    def _taken_on(self, switch: Switch, counts: dict[str, int], began_ns: int) -> None:
+        fields = {"switch": switch.name, "address": switch.datapath.address[0], **counts}
+        self._log.emit("switch.connected", **fields, ms=(time.monotonic_ns() - began_ns) / 1e6)
+        self._ask_all(switch)
+
+    def _ask_all(self, switch: Switch) -> None:
+        """Where the VMs are: one may have moved while nobody looked, and says nothing by itself."""
+        probes = [arp_probe(ip) for ip in self.guard.policy.vms.values() if ip]
+        edges = [port.number for port in switch.cables() if self.guard.place(port).role == "uplink"]
+        switch.send_frames((number, probe) for probe in probes for number in edges)
+
+    def _lost(self, name: str) -> None:
+        """It goes on with the entries that it has; so its locations stay."""
+        self._flush()
+        del self.switches[name]
+        self._forwarding.forget_switch(name)
+        for port, _ in [ends for ends in self.network.trunks() if name in (ends[0].switch, ends[1].switch)]:
+            self._carry_on(self._discovery.lose(port))
+        self.network.remove_switch(name)
+        self._log.emit("switch.disconnected", switch=name)
+
+    # ------------------------------------------------------------ frames
 
     @set_ev_cls(ofp_event.EventOFPPacketIn, MAIN_DISPATCHER)
     def _packet_in(self, event: Any) -> None:
-        now_ns = time.monotonic_ns()
-        message = event.msg
+        now_ns, message = time.monotonic_ns(), event.msg
+        switch = self._of(message.datapath)
+        self.packet_ins += 1
+        if switch is None or not switch.is_synced:
+            return
+        port = Port(switch.name, message.match["in_port"])
         source = classify(message.data)
-        if source is not None and self._is_current(message.datapath):
-            self.steer(_name(message.datapath), source.mac, message.match["in_port"], source.kind, now_ns)
+        if source is not None:
+            self._seen(source, port, now_ns)
+        elif (said := discovery.sender(message.data)) is not None and self._may_be_trunk(port):
+            self._carry_on(self._discovery.hear(said, port, now_ns / 1e9))
+
+    def _seen(self, source: Source, port: Port, now_ns: int) -> None:
+        if source.ip and source.mac not in self.guard.policy.vms and self.locations.at(source.mac) in (None, port):
+            if len(self._ips) >= _IPS_REMEMBERED:
+                self._ips = dict(self.guard.policy.vms)
+            self._ips[source.mac] = source.ip
+        self.steer(source.mac, port, source.kind, now_ns)
+
+    def steer(self, mac: str, port: Port, cause: Cause, time_ns: int) -> None:
+        """Frames for `mac` go to this port from now on, whoever says so, if it is to be believed."""
+        decision = self.locations.place(mac, port, cause, time_ns)
+        if decision is not None:
+            self._carry_out(decision)
+
+    # ------------------------------------------------------------ decisions
+
+    def _carry_out(self, decision: Decision) -> None:
+        """Change the switches first, tell of it afterwards: writing must not delay a move."""
+        match decision:
+            case Learned(mac, at, cause, _):
+                self._send(self._forwarding.steps(decision))
+                self._log.emit("mac.learned", mac=mac, switch=at.switch, port=at.number, cause=cause)
+            case Forgotten(mac, at):
+                self._send(self._forwarding.steps(decision))
+                self._log.emit("mac.forgotten", mac=mac, switch=at.switch, port=at.number)
+            case Moved():
+                self._move(decision)
+            case Held(mac, old, new, cause, _):
+                if mac in self._ips and old.switch in self.switches:
+                    self.switches[old.switch].send_frames([(old.number, arp_probe(self._ips[mac]))])
+                spawn(self._expire_soon)
+                self._log.emit("mac.held", mac=mac, **_from_to(old, new), cause=cause)
+            case Refused():
+                self._alarm(decision)
+
+    def _move(self, moved: Moved) -> None:
+        """The new edge is told first, and the others once it has confirmed: before, frames sent there are lost."""
+        self._flush(moved.mac)
+        first, *rest = self._forwarding.steps(moved) or [Step(moved.new.switch, [])]
+        fields: dict[str, Any] = {"mac": moved.mac, **_from_to(moved.old, moved.new)}
+        fields |= {"cause": moved.cause, "announced": moved.announced, "packet_in": moved.time_ns}
+        if rest:
+            self._rest[moved.mac] = rest
+        self._send([first], partial(self._first_confirmed, moved.mac, fields, rest))
+        fields["flow_mod"] = time.monotonic_ns()
+        self.moves.append(fields)
+        self._log.emit("mac.moved", **fields)
+
+    def _first_confirmed(self, mac: str, fields: dict[str, Any], rest: list[Step]) -> None:
+        if rest and self._rest.get(mac) is rest:
+            del self._rest[mac]
+            self._send(rest, partial(self._relearned, fields))
+        else:  # there is none, or a newer move was faster and has sent it
+            self._relearned(fields)
+
+    def _relearned(self, fields: dict[str, Any]) -> None:
+        fields["barrier"] = time.monotonic_ns()
+        self._log.emit("mac.relearned", t=fields["barrier"], **fields)
+
+    def _flush(self, mac: str = "") -> None:
+        """What waits for a confirmation is sent now: of a MAC, or of all. What follows must not be overtaken by it."""
+        for waiting in [mac] if mac else list(self._rest):
+            self._send(self._rest.pop(waiting, []))
+
+    def _send(self, steps: list[Step], confirmed: Callable[[], None] | None = None) -> None:
+        """To those switches that are there; one that is not is compared when it is back."""
+        told = [(self.switches[step.switch], step) for step in steps if step.switch in self.switches]
+        waiting = len(told)
+
+        def one_more() -> None:
+            nonlocal waiting
+            waiting -= 1
+            if not waiting and confirmed is not None:
+                confirmed()
+
+        for switch, step in told:
+            switch.send(step.changes, one_more)
+
+    def _expire_soon(self) -> None:
+        sleep(HOLD_S)
+        for moved in self.locations.expire(time.monotonic_ns()):
+            self._carry_out(moved)
+
+    def _alarm(self, refused: Refused) -> None:
+        """The first at once, then one a second with how many there were: an attacker must not fill the disk."""
+        self.alarms += 1
+        if refused.reason == OF_A_VM:  # one is enough for the switch to know
+            lies = openflow.silence(refused.mac, refused.at.number)
+            self._send([Step(refused.at.switch, [FlowMod("add", lies)])])
+        key, now_s = (refused.at, refused.reason), refused.time_ns / 1e9
+        last_s, times = self._alarmed.get(key, (float("-inf"), 0))
+        if now_s - last_s < _ALARM_EVERY_S:
+            self._alarmed[key] = last_s, times + 1
+            return
+        self._alarmed[key] = now_s, 0
+        at, node = refused.at, self.guard.place(refused.at).node
+        fields: dict[str, Any] = {"mac": refused.mac, "switch": at.switch, "port": at.number, "node": node}
+        self._log.emit("mac.refused", **fields, cause=refused.cause, reason=refused.reason, times=times + 1)
+        if refused.reason == TOO_MANY:
+            self._send([Step(at.switch, [FlowMod("add", flow) for flow in openflow.quarantine(at.number)])])
+            self._log.emit("port.quarantined", switch=at.switch, port=at.number, node=node)
+
+    # ------------------------------------------------------------ ports and trunks
 
     @set_ev_cls(ofp_event.EventOFPPortStatus, MAIN_DISPATCHER)
     def _port_status(self, event: Any) -> None:
         message, ofp = event.msg, event.msg.datapath.ofproto
-        port = message.desc
-        is_down = port.state & ofp.OFPPS_LINK_DOWN or port.config & ofp.OFPPC_PORT_DOWN
-        if (message.reason == ofp.OFPPR_DELETE or is_down) and self._is_current(message.datapath):
-            for decision in self._locations.forget_port(_name(message.datapath), port.port_no):
+        switch, described = self._of(message.datapath), message.desc
+        if switch is None or not is_cable(described.port_no):
+            return
+        port = Port(switch.name, described.port_no)
+        is_down = described.state & ofp.OFPPS_LINK_DOWN or described.config & ofp.OFPPC_PORT_DOWN
+        if message.reason == ofp.OFPPR_DELETE or is_down:
+            for decision in self.locations.forget_port(port):
                 self._carry_out(decision)
+            self._carry_on(self._discovery.lose(port))
+        before = switch.ports.pop(port.number, None)
+        if message.reason != ofp.OFPPR_DELETE:
+            switch.ports[port.number] = described.name.decode()
+        if not switch.is_synced:
+            return
+        if message.reason == ofp.OFPPR_DELETE:
+            self._send([self._forwarding.remove_port(port)])
+        elif switch.ports[port.number] != before:
+            self._send([self._name_port(switch, port.number)])
+        if not is_down:
+            self._discover([switch])
+
+    def _name_port(self, switch: Switch, number: int) -> Step:
+        self.guard.name_port(Port(switch.name, number), switch.ports[number])
+        return self._forwarding.add_port(Port(switch.name, number))
+
+    def _may_be_trunk(self, port: Port) -> bool:
+        """A client that speaks LLDP is no switch."""
+        return not self.guard.is_on or self.guard.place(port).role == "trunk"
+
+    def _look_around(self) -> None:
+        """For ever."""
+        while True:
+            self._discover([switch for switch in self.switches.values() if switch.is_synced])
+            self._carry_on(self._discovery.expire(time.monotonic()))
+            sleep(discovery.EVERY_S)
+
+    def _discover(self, switches: list[Switch]) -> None:
+        for switch in switches:
+            ports = [port for port in switch.cables() if self._may_be_trunk(port)]
+            switch.send_frames([(port.number, discovery.frame(port)) for port in ports])
+
+    def _carry_on(self, changes: list[Change]) -> None:
+        """Trunks that have come or gone: other ways, another tree."""
+        if not changes:
+            return
+        self._flush()
+        for one, other, is_up in changes:
+            if is_up:
+                self.network.connect(one, other)
+            else:
+                self.network.disconnect(one)
+            for port in (one, other):
+                self._become_trunk(port, is_up)
+            fields: dict[str, Any] = {"switch": one.switch, "port": one.number}
+            fields |= {"other_switch": other.switch, "other_port": other.number}
+            self._log.emit("trunk.up" if is_up else "trunk.down", **fields)
+        for step in self._forwarding.reroute():
+            if step.switch in self.switches:
+                self.switches[step.switch].send_at_once(step.changes)
+
+    def _become_trunk(self, port: Port, is_up: bool) -> None:
+        """Where no plan has said so before."""
+        if self.guard.is_on:
+            return
+        for decision in self.locations.forget_port(port):
+            self._carry_out(decision)
+        before = self._forwarding.remove_port(port)
+        self.guard.become_trunk(port, is_up)
+        self._send([before, self._forwarding.add_port(port)])
+
+    # ------------------------------------------------------------ the manager
+
+    def intend(self, intent: Intent) -> None:
+        """ValueError if it says too much."""
+        if self.guard.intend(intent, time.monotonic()):
+            at = self.locations.at(intent.mac)
+            if at is not None and self.guard.place(at).role == "client":  # somebody else has used it
+                self._carry_out(self.locations.forget(intent.mac))
+            self._send(self._forwarding.guard_mac(intent.mac))
+        fields: dict[str, Any] = {"mac": intent.mac, "from": intent.from_host, "to": intent.to}
+        self._log.emit("intent.taken", **fields)
+
+    # ------------------------------------------------------------ answers
 
     @set_ev_cls(ofp_event.EventOFPBarrierReply, MAIN_DISPATCHER)
     def _barrier_reply(self, event: Any) -> None:
-        now_ns = time.monotonic_ns()
-        kind, fields = self._unconfirmed.pop((_name(event.msg.datapath), event.msg.xid), (None, {}))
-        if kind == "mac.relearned":
-            fields["barrier"] = now_ns
-        if kind is not None:
-            self._log.emit(kind, t=now_ns, **fields)
+        switch = self._of(event.msg.datapath)
+        if switch is not None:
+            switch.barrier_reply(event.msg.xid)
+
+    @set_ev_cls(ofp_event.EventOFPFlowStatsReply, MAIN_DISPATCHER)
+    def _flows_told(self, event: Any) -> None:
+        switch, message = self._of(event.msg.datapath), event.msg
+        if switch is not None:
+            is_last = not message.flags & message.datapath.ofproto.OFPMPF_REPLY_MORE
+            switch.dumped(message.xid, message.body, is_last)
 
     @set_ev_cls(ofp_event.EventOFPErrorMsg, MAIN_DISPATCHER)
     def _refused(self, event: Any) -> None:
         """The switch refused a change, a full table for instance; a barrier alone would not tell."""
         message = event.msg
-        self._log.emit("switch.error", switch=_name(message.datapath), type=message.type, code=message.code)
+        self._log.emit("switch.error", switch=name_of(message.datapath), type=message.type, code=message.code)
 
-    # ------------------------------------------------------------ to the switches
-
-    def steer(self, switch: str, mac: str, port: int, cause: Cause, time_ns: int) -> None:
-        """Frames for `mac` go to `port` of this switch from now on, whoever says so."""
-        for decision in self._locations.place(switch, mac, port, cause, time_ns):
-            self._carry_out(decision)
-
-    def _carry_out(self, decision: Decision) -> None:
-        """Change the switch first, tell of it afterwards: writing must not delay a move."""
-        xid = self._send(self._datapaths[decision.switch], openflow.flow_mods(decision))
-        fields: dict[str, Any] = {"mac": decision.mac, "switch": decision.switch}
-        match decision:
-            case Learned():
-                self._log.emit("mac.learned", **fields, port=decision.port, cause=decision.cause)
-            case Forgotten():
-                self._log.emit("mac.forgotten", **fields, port=decision.port)
-            case Moved():
-                fields |= {"from": decision.old_port, "to": decision.new_port, "cause": decision.cause}
-                fields |= {"packet_in": decision.time_ns, "flow_mod": time.monotonic_ns()}
-                self._unconfirmed[decision.switch, xid] = "mac.relearned", fields
-                self._log.emit("mac.moved", **fields)
-
-    @staticmethod
-    def _send(datapath: Any, changes: Sequence[openflow.FlowMod]) -> int:
-        """Send the changes and a barrier behind them; returns the barrier's transaction id."""
-        for message in openflow.messages(datapath, changes):
-            datapath.send_msg(message)
-        barrier = datapath.ofproto_parser.OFPBarrierRequest(datapath)
-        xid: int = datapath.set_xid(barrier)
-        datapath.send_msg(barrier)
-        return xid
-
-    def _is_current(self, datapath: Any) -> bool:
-        """False for a connection that never came up or that a newer one of the same switch replaced."""
-        return datapath.id is not None and self._datapaths.get(_name(datapath)) is datapath
+    def _of(self, datapath: Any) -> Switch | None:
+        """None for a connection that never came up, or that a newer one of the same switch has replaced."""
+        if datapath.id is None:
+            return None
+        switch = self.switches.get(name_of(datapath))
+        return switch if switch is not None and switch.datapath is datapath else None
 
 
-def _name(datapath: Any) -> str:
-    return f"{datapath.id:016x}"
-
-
-# ---------------------------------------------------------------- launcher
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)  # one line, without argparse's usage text
-
-
-def _parse(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m controller.app", description="The mobility controller (OpenFlow 1.3).")
-    parser.add_argument("--listen", default="127.0.0.1", metavar="ADDRESS", help="default %(default)s")
-    parser.add_argument("--port", default=6653, type=int, help="TCP port, default %(default)s; 0 for any free one")
-    parser.add_argument("--events", default=os.devnull, metavar="PATH", help="append events here; default: none")
-    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
-    options = parser.parse_args(words)
-    if not 0 <= options.port <= 65535:
-        raise UsageError(f"argument --port: {options.port} is no TCP port; choose one of 0 to 65535")
-    return options
-
-
-def _run(words: Sequence[str] | None) -> None:
-    options = _parse(words)
-    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    stopped = _stop_signals()
-    try:
-        event_log = EventLog(options.events, "controller")
-    except OSError as error:
-        raise UsageError(f"cannot write to {options.events}: {error.strerror}; choose another --events") from error
-    try:
-        listener = listen(options.listen, options.port)
-    except OSError as error:
-        where = f"{options.listen} port {options.port}"
-        raise UsageError(f"cannot listen on {where}: {error.strerror}; choose another --listen or --port") from error
-    start(listener, Mobility, event_log)
-    address, port = listener.getsockname()[:2]
-    event_log.emit("controller.listening", address=address, port=port)
-    stopped.recv(1)
-
-
-def _stop_signals() -> socket.socket:
-    """A socket that becomes readable at SIGTERM or SIGINT.
-
-    An exception raised by a handler would end whichever greenlet happens to run, and only that one.
-    """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.detach())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: None)
-    return reader
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status."""
-    try:
-        _run(words)
-    except UsageError as error:
-        print(f"controller: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _from_to(old: Port, new: Port) -> dict[str, Any]:
+    return {"switch": new.switch, "from_switch": old.switch, "from": old.number, "to": new.number}

@@ -1,30 +1,36 @@
 """Where each MAC is: frames in, decisions out. Pure: no socket, clock or thread.
 
-A table MAC -> port for each switch, filled from the source addresses of frames, as in every
+A table MAC -> port of the network, filled from the source addresses of frames, as in every
 learning switch. What a learning switch does in silence is said aloud here: a known MAC that
 appears at another port has *moved*, and that is the decision this testbed is about.
 
 For each frame that a switch shows to the controller:
 
 1) Does it name a machine as its source? A truncated header, a group or all-zero source, LLDP
-   (a switch speaking for itself): no location, DONE.
-2) Is the MAC unknown on this switch?
-     2a) note the port, say Learned, DONE.
+   (a switch speaking for itself): no location, DONE. From a trunk: seen by another switch before, DONE.
+2) Is the MAC unknown?
+     2a) may it be there (controller/guard.py)? If not, say Refused, DONE.
+     2b) note the port, say Learned, DONE.
 3) Is it known at this port? An announcement repeated, or a frame that crossed our flow-mods
-   on their way: nothing to decide, DONE.
-4) It is known at another port:
-     4a) note the new port, say Moved, DONE.
+   on their way: nothing to decide, DONE. But if it is held elsewhere, then it is still here: Refused.
+4) It is known at another port, and the guard believes it at once, refuses it, or has it held:
+     4a) note the new port, say Moved;
+     4b) say Refused;
+     4c) say Held, ask the old place, and if that has not answered in time (`expire`), say Moved.
 
-For each port or switch that is lost:
+For each port that is lost:
 
-5) Forget every MAC there and, if there still is a switch to hear it, say Forgotten for each.
-   The next frame of such a MAC, wherever, is 2) again.
+5) Forget every MAC there and say Forgotten for each. The next frame of such a MAC, wherever, is 2) again.
 
 A manager that knows of a move ahead of any frame enters at step 2, with the cause "manager".
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+from controller.guard import CONTESTED, DAMPED, HOLD_S, STILL_THERE, Guard
+from controller.network import Port
 
 Cause = Literal["rarp", "garp", "frame", "manager"]
 
@@ -38,10 +44,11 @@ _NO_IP = bytes(4)
 
 
 class Source(NamedTuple):
-    """Who sent a frame, and what the frame says about it."""
+    """Who sent a frame, and what the frame says about it; `ip` of an ARP packet's sender, else empty."""
 
     mac: str
     kind: Literal["rarp", "garp", "frame"]
+    ip: str = ""
 
 
 def classify(frame: bytes) -> Source | None:
@@ -58,77 +65,152 @@ def classify(frame: bytes) -> Source | None:
     mac = source.hex(":")
     if ethertype == _ETHERTYPE_RARP:
         return Source(mac, "rarp")
+    if ethertype != _ETHERTYPE_ARP or not payload.startswith(_ARP_ETHERNET_IPV4) or len(payload) < 28:
+        return Source(mac, "frame")
     sender_ip, target_ip = payload[14:18], payload[24:28]
-    is_ipv4_arp = ethertype == _ETHERTYPE_ARP and payload.startswith(_ARP_ETHERNET_IPV4)
-    if is_ipv4_arp and sender_ip == target_ip != _NO_IP and len(target_ip) == 4:
-        return Source(mac, "garp")
-    return Source(mac, "frame")
+    ip = "" if sender_ip == _NO_IP else ".".join(map(str, sender_ip))
+    return Source(mac, "garp" if sender_ip == target_ip != _NO_IP else "frame", ip)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Learned:
-    """A MAC seen on a switch for the first time. `time_ns` is when the frame was handled."""
+    """A MAC seen for the first time. `time_ns` is when the frame was handled."""
 
     mac: str
-    switch: str
-    port: int
+    at: Port
     cause: Cause
     time_ns: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Moved:
-    """A known MAC seen, or sent by a manager, to another port of the same switch."""
+    """A known MAC is at another port, by a frame's or a manager's word; `announced`: the manager had said so."""
 
     mac: str
-    switch: str
-    old_port: int
-    new_port: int
+    old: Port
+    new: Port
+    cause: Cause
+    time_ns: int
+    announced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A known MAC was seen at another port, and may have moved: its old place is to be asked."""
+
+    mac: str
+    old: Port
+    new: Port
     cause: Cause
     time_ns: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A MAC was seen where it cannot be; `reason` of controller/guard.py."""
+
+    mac: str
+    at: Port
+    cause: Cause
+    time_ns: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Forgotten:
     """A MAC whose port was lost."""
 
     mac: str
-    switch: str
-    port: int
+    at: Port
 
 
-Decision = Learned | Moved | Forgotten
+Decision = Learned | Moved | Held | Refused | Forgotten
 
 
 class Locations:
-    """The table. A switch is named by its datapath id, a port by its OpenFlow number.
+    """The table: each MAC is at one port of the network, an edge of it."""
 
-    Each switch has its own view: between two switches, a MAC is at the port towards the other one.
-    """
+    def __init__(self, guard: Guard | None = None) -> None:
+        self.guard = guard or Guard()
+        self._at: dict[str, Port] = {}
+        self._there: dict[Port, set[str]] = defaultdict(set)
+        self._held: dict[str, Held] = {}
 
-    def __init__(self) -> None:
-        self._ports: dict[str, dict[str, int]] = {}
+    def __len__(self) -> int:
+        return len(self._at)
 
-    def port_of(self, switch: str, mac: str) -> int | None:
-        return self._ports.get(switch, {}).get(mac)
+    def at(self, mac: str) -> Port | None:
+        return self._at.get(mac)
 
-    def place(self, switch: str, mac: str, port: int, cause: Cause, time_ns: int) -> list[Decision]:
-        """A MAC is at this port: what follows from it (steps 2 to 4)."""
-        ports = self._ports.setdefault(switch, {})
-        old_port = ports.get(mac)
-        if old_port == port:  # 3
-            return []
-        ports[mac] = port
-        if old_port is None:  # 2
-            return [Learned(mac, switch, port, cause, time_ns)]
-        return [Moved(mac, switch, old_port, port, cause, time_ns)]  # 4
+    def all(self) -> dict[str, Port]:
+        return dict(self._at)
 
-    def forget_port(self, switch: str, port: int) -> list[Decision]:
-        """A port went down or away (step 5)."""
-        ports = self._ports.get(switch, {})
-        lost = [mac for mac, known_port in ports.items() if known_port == port]
-        return [Forgotten(mac, switch, ports.pop(mac)) for mac in lost]
+    def held(self) -> dict[str, Held]:
+        return dict(self._held)
 
-    def forget_switch(self, switch: str) -> None:
-        """A switch was lost; nobody is left to carry out a decision (step 5)."""
-        self._ports.pop(switch, None)
+    def place(self, mac: str, at: Port, cause: Cause, time_ns: int) -> Decision | None:
+        """A MAC is at this port: what follows from it (steps 1 to 4)."""
+        guard, old = self.guard, self._at.get(mac)
+        if guard.place(at).role == "trunk":
+            return None
+        if old == at:  # 3
+            held = self._held.pop(mac, None)
+            return Refused(mac, held.new, held.cause, time_ns, STILL_THERE) if held else None
+        reason = guard.objection(mac, at, len(self._there[at])) if guard.is_on and cause != "manager" else ""
+        if reason:
+            return Refused(mac, at, cause, time_ns, reason)
+        now_s = time_ns / 1e9
+        announced = not guard.is_on or cause == "manager" or guard.is_announced(mac, at, now_s)
+        if old is None:  # 2
+            self._put(mac, at)
+            return Learned(mac, at, cause, time_ns)
+        if announced:  # 4a
+            self._put(mac, at)
+            return Moved(mac, old, at, cause, time_ns, guard.is_on)
+        if (held := self._held.get(mac)) is not None:  # 4c: the first one counts, until it is decided
+            return None if held.new == at else Refused(mac, at, cause, time_ns, CONTESTED)
+        if guard.is_damped(mac, now_s):  # 4b
+            return Refused(mac, at, cause, time_ns, DAMPED)
+        guard.note_move(mac, now_s)
+        self._held[mac] = Held(mac, old, at, cause, time_ns)
+        return self._held[mac]
+
+    def expire(self, time_ns: int) -> list[Moved]:
+        """Those that were held, and whose old place has been silent (4c)."""
+        due = [held for held in self._held.values() if time_ns - held.time_ns >= HOLD_S * 1e9]
+        for held in due:
+            self._put(held.mac, held.new)
+        return [Moved(held.mac, held.old, held.new, held.cause, time_ns) for held in due]
+
+    def forget_port(self, port: Port) -> list[Forgotten]:
+        """A port went down or away, or turned out to be a trunk (step 5)."""
+        lost = sorted(self._there.pop(port, ()))
+        for mac in lost:
+            del self._at[mac]
+            self._held.pop(mac, None)
+        for mac in [mac for mac, held in self._held.items() if held.new == port]:
+            del self._held[mac]
+        return [Forgotten(mac, port) for mac in lost]
+
+    def forget(self, mac: str) -> Forgotten:
+        """One that is known."""
+        at = self._at.pop(mac)
+        self._there[at].discard(mac)
+        self._held.pop(mac, None)
+        return Forgotten(mac, at)
+
+    def adopt(self, mac: str, at: Port) -> bool:
+        """What a switch knew from before; False if it is known better, or cannot be."""
+        if mac in self._at or self.guard.place(at).role == "trunk":
+            return False
+        if self.guard.is_on and self.guard.objection(mac, at, len(self._there[at])):
+            return False
+        self._put(mac, at)
+        return True
+
+    def _put(self, mac: str, at: Port) -> None:
+        self._held.pop(mac, None)
+        if (old := self._at.get(mac)) is not None:
+            self._there[old].discard(mac)
+        self._at[mac] = at
+        self._there[at].add(mac)

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from topologies.errors import UsageError
@@ -33,6 +34,7 @@ def _module(name: str) -> Any:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # eventlet announces its retirement at every import
     import eventlet
+    import eventlet.event
     import eventlet.wsgi
 
     if not hasattr(eventlet.wsgi, "ALREADY_HANDLED"):
@@ -49,6 +51,7 @@ with warnings.catch_warnings():
 App = _app_manager.RyuApp if BACKEND == "ryu" else _app_manager.OSKenApp
 OPENFLOW_1_3 = _module("ofproto.ofproto_v1_3").OFP_VERSION
 set_ev_cls = _handler.set_ev_cls
+spawn, sleep = hub.spawn, hub.sleep
 MAIN_DISPATCHER, DEAD_DISPATCHER = _handler.MAIN_DISPATCHER, _handler.DEAD_DISPATCHER
 
 
@@ -57,6 +60,27 @@ class _Handshake(_OFPHandler):
 
     def start(self) -> None:
         App.start(self)
+
+
+Reply = eventlet.event.Event  # something that another greenlet will `send`
+
+
+def wait_for_reply(reply: Any, within_s: float) -> bool:
+    """Whether it was sent in time."""
+    with eventlet.Timeout(within_s, False):
+        reply.wait()
+        return True
+    return False
+
+
+def read_flow_stats_as(entry: type) -> None:
+    """`entry.parser(data, offset)` reads an entry of a dump of flows, instead of the framework's own class."""
+    _module("ofproto.ofproto_v1_3_parser").OFPFlowStatsReply.cls_stats_body_cls = entry
+
+
+def serve_http(listener: Any, application: Any) -> None:
+    """A WSGI application on a listening socket; returns at once."""
+    hub.spawn(eventlet.wsgi.server, listener, application, log_output=False, debug=False)
 
 
 def listen(host: str, port: int) -> Any:
@@ -68,12 +92,27 @@ def listen(host: str, port: int) -> Any:
     return hub.listen((host, port), family=family, reuse_port=False)
 
 
-def start(listener: Any, application: type, *args: Any) -> None:
-    """Instantiate and start the application and serve the switches that connect; returns at once."""
+def listen_at(path: Path) -> Any:
+    """A listening Unix socket. A name has 108 bytes (unix(7)) and a path may have more: it is given from its folder."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"/proc/self/fd/{folder}/{path.name}")
+        listener.listen()
+        return listener
+    finally:
+        os.close(folder)
+
+
+def start(listener: Any, application: type, *args: Any) -> Any:
+    """Instantiate and start the application and serve the switches that connect; returns it at once."""
     manager = _app_manager.AppManager.get_instance()
-    for app in (manager.instantiate(_Handshake), manager.instantiate(application, *args)):
+    apps = [manager.instantiate(_Handshake), manager.instantiate(application, *args)]
+    for app in apps:
         app.start()
     hub.spawn(_serve, listener)
+    return apps[-1]
 
 
 def _serve(listener: Any) -> None:

@@ -14,9 +14,12 @@ Ratios are taken within one run, pair by pair, because machines differ and are n
     size        how cost grows with RAM: 256 MiB, 1 GiB, 4 GiB
     count       how cost grows with the number of VMs at once: 1, 2, 4, 8
     storage     a write to the NAS, the claim in a downtime, a power-on, a restart after a host's death
+    relearn     from an RARP to the first frame at the new port: our controller, Faucet, the switch by itself
+    controller  MACs learned, packet-ins handled, entries put back, memory
 """
 
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -28,8 +31,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments import faucet
 from experiments.laboratory import Laboratory, laboratory
 from experiments.preflight import check_machine, check_nfs
+from experiments.switchyard import Switchyard
 from experiments.world import run_inside
 from hosts.ownership import LEASE_S
 from hosts.policy import Policy
@@ -82,6 +87,12 @@ def row(
     if p99_at_most is not None:
         target, met = [*target, f"p99 <= {p99_at_most:g}"], met and p99 <= p99_at_most
     return Row(name, conditions, unit, *spread, None, None, ", ".join(target), met if target else None)
+
+
+def at_least_row(name: str, conditions: str, unit: str, samples: Sequence[float], at_least: float) -> Row:
+    """A figure that should be high: its median, against a limit."""
+    spread = _spread(samples)
+    return Row(name, conditions, unit, *spread, None, None, f">= {at_least:g}", spread[1] >= at_least)
 
 
 def ratio_row(
@@ -307,6 +318,44 @@ def storage(folder: Path, samples: int) -> list[Row]:
     return rows
 
 
+def relearn(folder: Path, _samples: int) -> list[Row]:
+    """A hundred moves back and forth under each controller, one controller after the other; no hosts, no captures."""
+    rows, moves = [], 100
+    where = f"{moves} moves back and forth, RARP to the first of a client's frames, 1 per ms, at the new port"
+    with Switchyard(folder / "relearn-mobility", "mobility") as yard:
+        ours = yard.moves_ms(moves)
+    rows.append(row("mobility, each move announced by the manager", where, "ms", ours, 2, 10))
+    for name in ("faucet", "standalone"):
+        if name == "faucet" and not faucet.is_installed():
+            continue
+        with Switchyard(folder / f"relearn-{name}", name) as yard:
+            theirs = yard.moves_ms(moves)
+        rows.append(ratio_row(f"mobility / {name}", where, "ms", ours, theirs, at_most=1))
+    return rows
+
+
+def controller(folder: Path, samples: int) -> list[Row]:
+    """What a controller of ten thousand MACs needs."""
+    macs = [f"02:00:00:00:{number >> 8:02x}:{number & 255:02x}" for number in range(10_000)]
+    learned, resynced, refilled, handled, each = [], [], [], [], []
+    for sample in range(samples):
+        with Switchyard(folder / f"controller-{sample}", "mobility") as yard:
+            handled.append(yard.packet_ins_per_s(2.0))
+            before = yard.memory_bytes()
+            learned.append(yard.learn_s(macs))
+            each.append((yard.memory_bytes() - before) / len(macs))
+            resynced.append(yard.resync_ms())
+            refilled.append(yard.resync_ms(empty=True))
+    where = f"{len(macs)} MACs behind one port, on {os.environ.get('SDN_BACKEND', 'ryu')}"
+    return [
+        at_least_row("packet-ins handled", "announcements, more than can be handled", "/s", handled, 10_000),
+        row("MACs learned", where, "s", learned, 4),
+        row("a new controller has compared the switch's entries", where, "ms", resynced, 1000),
+        row("a switch that had lost its entries has them again", where, "ms", refilled, 1000),
+        row("memory for each MAC", where, "bytes", each),
+    ]
+
+
 def demo(samples: int) -> list[Row]:
     """The whole demo, each in a process of its own."""
     summaries = [_one_demo() for _ in range(samples)]
@@ -360,6 +409,8 @@ GROUPS: dict[str, Callable[[Path, int], list[Row]]] = {
     "size": size,
     "count": count,
     "storage": storage,
+    "relearn": relearn,
+    "controller": controller,
 }
 
 

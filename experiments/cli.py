@@ -12,19 +12,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from experiments.conduct import Experiment, conduct
-from experiments.run import Options
+from experiments.run import CONTROLLERS, Options
 from hosts import announce
 from hosts.policy import FIXED_MS, MODES, STRATEGIES, Policy
 from hosts.transport import COMPRESSIONS, MAX_STREAMS, Transport
 from topologies.errors import TestbedError, UsageError
-from topologies.plan import DEFAULT_PLAN, read_plan
+from topologies.plan import DEFAULT_PLAN, LEAF_SPINE, Plan, read_plan
 from topologies.units import parse_bitrate, parse_percent, parse_rate, parse_size
 
 # name -> what it shows; each is a module of this package
 EXPERIMENTS = {
     "basic_vmotion": "a VM moves from one host to the other and its client notices nothing",
+    "announcements": "what a RARP is worth: announced or not, there and back again, over four kinds of switches",
     "endurance": "two hundred moves back and forth under load, and nothing wears out",
     "host_failure": "a host dies, or is cut off from its storage; its VM runs on the other one, never on both",
+    "controller_failure": "the SDN controller dies while a VM moves; the network goes on, and is healed at its return",
+    "fabric_failover": "a VM moves from leaf to leaf; trunks and a spine fail, and its client goes on",
+    "mac_spoof": "a malicious client says that the VM is where it is itself; who believes it",
     "shared_storage": "a VM is a folder of files on a NAS: any host can run it from them, one at a time",
     "split_brain": "hosts lose each other and the storage at the worst moments of a migration; one runs the VM",
     "faults": "at every state of a migration something breaks; each time the end is the one that was promised",
@@ -126,6 +130,7 @@ def experiment_options(parser: argparse.ArgumentParser) -> None:
     add("--bandwidth-limit", type=quantity(parse_bitrate), default="unshaped", metavar="RATE", help="like 500Mbit")
     add("--streams", type=_streams, default=1, metavar="N", help="TCP connections that carry pages")
     add("--datastore", choices=("nfs", "local"), default="nfs", help="where the VMs' files are")
+    add("--controller", choices=CONTROLLERS, default="mobility", help="of the physical switch; the others, to compare")
     add("--seed", type=int, default=1, help="of the clients' random choices")
     add("--out", type=Path, default=None, metavar="DIR", help="results folder (default: results/NAME-TIME)")
 
@@ -135,6 +140,16 @@ def _case_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="name the cases")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this case, or those like 'cut@*'")
     parser.add_argument("--long", action="store_true", help="all cases")
+    _small_vm(parser)
+
+
+def _fabric_options(parser: argparse.ArgumentParser) -> None:
+    _small_vm(parser)
+    parser.set_defaults(plan=LEAF_SPINE)
+
+
+def _compared_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", action="append", default=[], choices=CONTROLLERS, help="this controller")
     _small_vm(parser)
 
 
@@ -149,9 +164,13 @@ def _small_vm(parser: argparse.ArgumentParser) -> None:
 
 # further options of an experiment, by its name
 _FURTHER = {
+    "announcements": _compared_options,
     "faults": _case_options,
     "endurance": _endurance_options,
     "host_failure": _small_vm,
+    "mac_spoof": _compared_options,
+    "fabric_failover": _fabric_options,
+    "controller_failure": _small_vm,
     "split_brain": _small_vm,
 }
 
@@ -173,6 +192,7 @@ def options_of(chosen: argparse.Namespace, command_line: Sequence[str]) -> Optio
         policy=Policy(chosen.downtime_ms, chosen.timeout_s, chosen.mode, chosen.timeout_strategy),
         transport=Transport(chosen.encrypt, chosen.compress, chosen.bandwidth_limit, chosen.streams),
         datastore=chosen.datastore,
+        controller=_controller(chosen.controller, plan),
         seed=chosen.seed,
         out=chosen.out,
         only=tuple(getattr(chosen, "only", ())),
@@ -180,6 +200,12 @@ def options_of(chosen: argparse.Namespace, command_line: Sequence[str]) -> Optio
         migrations=getattr(chosen, "migrations", 1),
         command_line=tuple(command_line),
     )
+
+
+def _controller(name: str, plan: Plan) -> str:
+    if name != "mobility" and plan.trunks:
+        raise UsageError(f"--controller {name}: a plan with trunks has loops, which only mobility can forward over")
+    return name
 
 
 def _options_of_experiment(name: str, parser: argparse.ArgumentParser) -> None:
@@ -201,6 +227,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--list", action="store_true", help="name the groups, and what each measures")
     bench.add_argument("--json", type=Path, metavar="FILE", default=None, help="write the rows here too")
     bench.add_argument("--samples", type=int, default=5, metavar="N", help="of each figure")
+    for view, shows in (("locations", "where each MAC is"), ("moves", "who moved"), ("flows", "what the switches do")):
+        viewer = commands.add_parser(view, help=f"{shows}, as the controller of the run under way says (root)")
+        viewer.add_argument("--json", action="store_true", help="as the controller's API has it")
     commands.add_parser("test", help="the whole test suite (root); further words go to pytest")
     commands.add_parser("check", help="format, lint, types, imports, unit tests (no root)")
     return parser
@@ -217,6 +246,10 @@ def _run(words: Sequence[str]) -> int:
             return _named("basic_vmotion", chosen, words)
         case "run":
             return _named(chosen.experiment, chosen, words)
+        case "locations" | "moves" | "flows" as view:
+            from experiments import sdn_view
+
+            return sdn_view.show(view, chosen.json)
         case "bench":
             from experiments import bench
 

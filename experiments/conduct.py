@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from experiments import report
+from experiments import faucet, report
 from experiments.preflight import check_kernel, check_machine, check_nfs
 from experiments.run import Options, Run
 from experiments.verdict import Findings
@@ -29,6 +29,8 @@ def conduct(name: str, experiment: Experiment, options: Options) -> int:
     check_machine(options.plan)
     if options.datastore == "nfs":
         check_nfs()
+    if options.controller == "faucet":
+        faucet.install()
     return run_inside(lambda: _inside(name, experiment, options))
 
 

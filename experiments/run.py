@@ -25,6 +25,9 @@ from topologies.errors import UsageError
 from topologies.events import EventLog, clock_pair, find, read_events
 from topologies.plan import Plan
 
+# Who tells the physical switch where to send a frame: ours; the textbook's; nobody, OVS learns by itself (NORMAL);
+# and one of others (experiments/faucet.py)
+CONTROLLERS = ("mobility", "learning-switch", "standalone", "faucet")
 RESULTS = Path(__file__).parent.parent / "results"
 
 
@@ -43,6 +46,7 @@ class Options:
     only: tuple[str, ...] = ()  # of an experiment with cases: which
     long: bool = False
     datastore: str = "nfs"  # or "local"
+    controller: str = "mobility"  # or one to compare with (experiments/testbed.py)
     migrations: int = 1  # of an experiment that repeats one
     peer_timeout_s: float = PEER_TIMEOUT_S
     command_line: tuple[str, ...] = field(default=tuple(sys.argv))
@@ -100,6 +104,7 @@ class Run:
             "policy": msgspec.structs.asdict(self.options.policy),
             "transport": msgspec.structs.asdict(self.options.transport),
             "announce": {"mode": self.options.announce, "schedule_ms": list(self.options.schedule_ms)},
+            "controller": self.options.controller,
             "seed": self.options.seed,
         }
 

@@ -7,7 +7,9 @@
 Everything started is owned here and ends with the block, in the reverse order.
 """
 
+import os
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -18,23 +20,27 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
+from experiments import faucet
 from experiments.capture import WHOLE_FRAMES, Capture, CaptureNode
 from experiments.children import Child, wait_until
 from experiments.nas import Nas
 from experiments.run import Run
-from experiments.world import PRIVATE, open_vswitch, widen_port_buffers
+from experiments.world import PRIVATE, open_vswitch, run, widen_port_buffers
 from hosts.control import MANAGER, issue_certificates
 from hosts.processes import end_behind
+from hosts.sdn import SdnController
 from hosts.vcenter import VCenter
 from hosts.vmx import SUFFIX
+from topologies.data_center import DataCenter
 from topologies.errors import TestbedError, UsageError
-from topologies.events import find, read_events
+from topologies.events import Event, find, read_events
 from topologies.plan import Nas as NasPlan
 from topologies.plan import Plan
-from topologies.two_hosts import TwoHosts
 
 _ROOT = Path(__file__).parent.parent
 _CONTROLLER_PORT = 6653
+API_PORT = 8080  # of the controller
+API_SOCKET = "controller.sock"  # the same, in the results folder: reached from outside the world
 # Enough of a frame for every header and a small request; the RAM itself need not be kept.
 HEADERS_BYTES = 192
 _STORAGE_BYTES = 640  # of NFS, whose handles are long: all but the contents of large reads and writes
@@ -61,17 +67,20 @@ class Testbed:
     def __enter__(self) -> "Testbed":
         with self._stack as stack:
             vswitchd = stack.enter_context(open_vswitch(self.run.logs))
-            self._start_controller()
+            certificates = self._certificates()
+            if self.has_controller:
+                self.start_controller()
             self.net = stack.enter_context(self._network())
-            self._await_event("switch.connected", "controller")
+            if self.has_controller:
+                self._await_switches()
             widen_port_buffers(vswitchd)
             if self.run.options.datastore == "nfs":
                 plan = _nas(self.run.plan)
                 self.nas = stack.enter_context(Nas(plan, self.datastore, self.popen(plan.name), self.run.logs))
-            certificates = self._certificates()
             self._start_agents()
-            options = self.run.options
-            self.vcenter = VCenter(self.run.plan, certificates, self.run.events, options.announce, options.schedule_ms)
+            announce, schedule_ms = self.run.options.announce, self.run.options.schedule_ms
+            sdn = SdnController(API_PORT, certificates / f"{MANAGER}.pem") if self._is_ours else None
+            self.vcenter = VCenter(self.run.plan, certificates, self.run.events, announce, schedule_ms, sdn)
             stack.callback(self.vcenter.close)
             self.run.events.emit("testbed.up")
             self._stack = stack.pop_all()
@@ -91,12 +100,12 @@ class Testbed:
         plan, nodes = self.run.plan, []
         names = [host.name for host in plan.hosts] + [client.name for client in plan.clients]
         names += [self.nas.plan.name] if self.nas else []
-        for name in [*names, plan.switch]:
+        for name in [*names, *plan.switches]:
             links = [intf.name for intf in self.net[name].intfList() if intf.link]
             interfaces = [(link, _STORAGE_BYTES if self._is_storage(link) else HEADERS_BYTES) for link in links]
             if name == plan.switch:
                 interfaces.append(("lo", WHOLE_FRAMES))
-            nodes.append(CaptureNode(name, Popen if name == plan.switch else self.popen(name), tuple(interfaces)))
+            nodes.append(CaptureNode(name, Popen if name in plan.switches else self.popen(name), tuple(interfaces)))
         return Capture(self.run.pcap, nodes)
 
     def _is_storage(self, link: str) -> bool:
@@ -128,9 +137,12 @@ class Testbed:
 
     def start_child(self, name: str, popen: Callable[..., Any], *words: str) -> Child:
         """A Python module as a program of its own, which ends with the testbed."""
+        return self._start(name, popen, [sys.executable, "-m", *words])
+
+    def _start(self, name: str, popen: Callable[..., Any], words: list[str]) -> Child:
         self._starts[name] += 1  # a second one must not overwrite what the first has said
         log = self.run.logs / (f"{name}.log" if self._starts[name] == 1 else f"{name}.{self._starts[name]}.log")
-        child = Child(name, popen, [sys.executable, "-m", *words], log, _ROOT)
+        child = Child(name, popen, words, log, _ROOT)
         self.children[name] = child
         self._stack.callback(self._stop, child)
         return child
@@ -145,11 +157,50 @@ class Testbed:
         finally:
             child.kill()
 
-    def _start_controller(self) -> None:
+    @property
+    def has_controller(self) -> bool:
+        return self.run.options.controller != "standalone"
+
+    @property
+    def _is_ours(self) -> bool:
+        """It guards, believes the manager, and answers."""
+        return self.run.options.controller == "mobility"
+
+    def start_controller(self) -> None:
         """In the world's root namespace. It listens before the network starts, or Mininet goes on without it."""
-        listening = ("--port", str(_CONTROLLER_PORT), "--events", str(self.run.events_file))
-        self.start_child("controller", Popen, "controller.app", *listening)
-        self._await_event("controller.listening", "controller")
+        name, run = self.run.options.controller, self.run
+        if name == "faucet":
+            environment = os.environ | faucet.environment(run.plan, run.logs)
+            self._start("controller", partial(Popen, env=environment), faucet.words(_CONTROLLER_PORT))
+        else:
+            words = ["--application", name, "--port", str(_CONTROLLER_PORT), "--events", str(run.events_file)]
+            self.start_child("controller", Popen, "controller", *words, *(self._api() if self._is_ours else []))
+        self._await("controller", _answers)
+
+    def _api(self) -> list[str]:
+        at = self.run.folder / API_SOCKET
+        self._stack.callback(at.unlink, missing_ok=True)
+        words = ["--plan", str(self.run.options.plan_file), "--manager", str(PRIVATE / f"{MANAGER}.crt")]
+        return [*words, "--api-port", str(API_PORT), "--api-socket", str(at)]
+
+    def kill_controller(self) -> None:
+        """kill -9. The switches go on with the entries that they have; `start_controller` is its return."""
+        self.children["controller"].kill()
+        self.run.events.emit("controller.killed")
+
+    def _await_switches(self) -> None:
+        """All of them, and with ours all trunks; another's says nothing that we could read, so OVS is asked."""
+        plan, trunks = self.run.plan, len(self.run.plan.trunks)
+        if self.run.options.controller == "faucet":
+            self._await(
+                "controller", lambda: "true" in run("ovs-vsctl", "--bare", "find", "controller", "is_connected=true")
+            )
+            return
+        self._await("controller", lambda: len(self._told("switch.connected")) >= len(plan.switches))
+        self._await("controller", lambda: len(self._told("trunk.up")) >= trunks)
+
+    def _told(self, kind: str) -> list[Event]:
+        return find(read_events(self.run.events_file), kind, source="controller")
 
     @contextmanager
     def _network(self) -> Iterator[Any]:
@@ -171,9 +222,11 @@ class Testbed:
 
         setLogLevel("error")
         Mininet.inited = True  # it would raise limits of the whole machine; a run touches only its own world
-        net = Mininet(topo=TwoHosts(self.run.plan), controller=None, build=False)
+        fail_mode = "secure" if self.has_controller else "standalone"
+        net = Mininet(topo=DataCenter(self.run.plan, fail_mode), controller=None, build=False)
         try:
-            net.addController("controller", Running, ip="127.0.0.1", port=_CONTROLLER_PORT)
+            if self.has_controller:
+                net.addController("controller", Running, ip="127.0.0.1", port=_CONTROLLER_PORT)
             net.build()
             net.start()
             yield net
@@ -233,9 +286,6 @@ class Testbed:
             if end_behind(home):
                 self.run.events.emit("guest.ended", host=host, vm=home.stem)
 
-    def _await_event(self, kind: str, source: str) -> None:
-        self._await("controller", lambda: bool(find(read_events(self.run.events_file), kind, source=source)))
-
     def _await(self, name: str, is_up: Callable[[], bool]) -> None:
         """Until a part is up; TestbedError if it ended instead or takes too long."""
         wait_until(self.children[name], is_up, time.monotonic() + _UP_WITHIN_S)
@@ -245,6 +295,12 @@ def _nas(plan: Plan) -> NasPlan:
     if plan.nas is None:
         raise UsageError("the plan has no NAS; add a table [nas] to it, or run with --datastore local")
     return plan.nas
+
+
+def _answers() -> bool:
+    """Whether somebody listens on the controller's port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", _CONTROLLER_PORT)) == 0
 
 
 def guest_pids() -> set[int]:

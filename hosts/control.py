@@ -188,7 +188,10 @@ Handler = Callable[[Any, Notify], Any]
 
 
 def issue_certificates(folder: Path, names: dict[str, list[str]]) -> None:
-    """A new authority, and for each name a certificate for its addresses: <folder>/ca.pem, <name>.pem (and key)."""
+    """A new authority, and for each name a certificate for its addresses: <folder>/ca.pem, <name>.crt, <name>.pem.
+
+    The last one has the key, too.
+    """
     import trustme
 
     authority = trustme.CA()
@@ -198,6 +201,7 @@ def issue_certificates(folder: Path, names: dict[str, list[str]]) -> None:
         path = folder / f"{name}.pem"
         path.touch(mode=0o600)
         certificate.private_key_and_cert_chain_pem.write_to_path(path)
+        certificate.cert_chain_pems[0].write_to_path(folder / f"{name}.crt")
 
 
 def tls_context(folder: Path, name: str, server: bool) -> ssl.SSLContext:

@@ -25,6 +25,7 @@ from hosts.announce import SCHEDULE_MS
 from hosts.control import ANSWER_WITHIN_S, AgentClient, AgentGone, ControlError
 from hosts.policy import Policy
 from hosts.precopy import Progress
+from hosts.sdn import SdnController, SdnError
 from hosts.source import Outcome
 from hosts.tasks import Queue, Task, migrations_at_once
 from hosts.transport import Transport
@@ -65,7 +66,10 @@ class _Move:
 
 
 class VCenter:
-    """Inventory and orders. `announce` and `schedule_ms`: how a VM's new place is told (hosts/announce.py)."""
+    """Inventory and orders. `announce` and `schedule_ms`: how a VM's new place is told (hosts/announce.py).
+
+    The SDN controller, if there is one that wants it, hears ahead of every frame where a VM will be.
+    """
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class VCenter:
         events: EventLog,
         announce: str = "rarp",
         schedule_ms: tuple[int, ...] = SCHEDULE_MS,
+        sdn: SdnController | None = None,
     ) -> None:
         self.plan, self.events, self.announce, self.schedule_ms = plan, events, announce, schedule_ms
         self.inventory: dict[str, VM] = {}  # VMs by name, as their files describe them
@@ -82,7 +87,7 @@ class VCenter:
         self.tasks: dict[str, Task[Result]] = {}  # VM -> its latest migration
         self.queue = Queue(migrations_at_once(plan.link))
         self.detour: Callable[[str, int], tuple[str, int]] = lambda ip, port: (ip, port)  # of streams, for experiments
-        self._certificates = certificates
+        self._certificates, self._sdn = certificates, sdn
         self._idle: dict[str, list[AgentClient]] = {host.name: [] for host in plan.hosts}
         self._lock = threading.Lock()  # of the tables above
         self._closed = threading.Event()
@@ -123,6 +128,7 @@ class VCenter:
             self.create(vm)
         where = host or self.places.get(vm) or self.homes[vm]
         self.plan.host(where)
+        self._expect(vm, self.places.get(vm, ""), where)
         reply: dict[str, Any] = self._call(where, control.PowerOn(vm, self.announce, self.schedule_ms))
         self.places[vm] = self.homes[vm] = where
         return reply
@@ -130,6 +136,7 @@ class VCenter:
     def restart(self, vm: str, host: str) -> dict[str, Any]:
         """Start a VM whose host is dead on another one: ControlError if its owner lives, and nothing has happened."""
         self._registered(vm)
+        self._expect(vm, self.places.get(vm, ""), host)
         reply: dict[str, Any] = self._call(host, control.Restart(vm, self.announce, self.schedule_ms))
         self.places[vm] = self.homes[vm] = host
         return reply
@@ -210,6 +217,7 @@ class VCenter:
                 ready = self._call(to, order)
                 if task.cancelled:
                     raise ControlError(f"VM {vm} stays on {source}: cancelled")
+                self._expect(vm, source, to)
                 where = (*self.detour(ready["ip"], ready["port"]), ready["token"])
                 reply = self._call(
                     source, control.Migrate(vm, move.migration, *where, move.policy, move.transport), note
@@ -222,11 +230,21 @@ class VCenter:
             said, found = str(error), self.find(vm)
             if isinstance(error, AgentGone) or self.places.get(vm) != source:  # else a host has said it already
                 said += f"; {found}"
+            self._expect(vm, to, self.places.get(vm, source))
             self.events.emit("migration.failed", vm=vm, migration=move.migration, reason=said)
             raise MigrationFailed(f"migration of VM {vm} from {source} to {to} failed: {said}") from error
         self.places[vm] = to
         self.events.emit("migration.end", vm=vm, migration=move.migration)
         return Result(move.migration, vm, source, to, msgspec.convert(reply, Outcome))
+
+    def _expect(self, vm: str, origin: str, to: str) -> None:
+        """Tell the SDN controller; what it does not hear it finds out by itself, a little later."""
+        if self._sdn is None or vm not in self.inventory:
+            return
+        try:
+            self._sdn.expect(self.inventory[vm].mac, origin, to)
+        except SdnError as error:
+            self.events.emit("intent.failed", vm=vm, to=to, reason=str(error))
 
     def _stop(self, move: "_Move", task: Task[Result]) -> None:
         """The source knows of the migration a little later than we do, and a little less long."""

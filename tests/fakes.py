@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from controller.openflow import DESTINATIONS, SOURCES, FlowMod
+from controller.openflow import PORTS, Flow, FlowMod, Match
 from hosts.ram import DirtyBitmap, Ram, runs_of
 from hosts.store import Attributes, Folder, LocalFile, StoreSilent
 
@@ -50,49 +50,41 @@ class Forwarded(NamedTuple):
 
 @dataclass
 class FakeSwitch:
-    """Two flow tables with OpenFlow 1.3's rules: highest priority wins, no match drops, ADD overwrites."""
+    """Flow tables with OpenFlow 1.3's rules: highest priority wins, no match drops, ADD overwrites."""
 
-    port_numbers: frozenset[int]
-    tables: dict[int, dict[tuple[int, frozenset[tuple[str, int | str]]], FlowMod]] = field(
-        default_factory=lambda: {SOURCES: {}, DESTINATIONS: {}}
-    )
+    entries: dict[tuple[int, int, Match], Flow] = field(default_factory=dict)
 
     def apply(self, changes: Iterable[FlowMod]) -> None:
-        for change in changes:
-            key = change.priority, frozenset(change.match.items())
-            match change.command:
+        for command, flow in changes:
+            match command:
                 case "add":
-                    self.tables[change.table][key] = change
-                case "delete_strict":
-                    self.tables[change.table].pop(key, None)
-                case "delete_all":
-                    for table in self.tables.values():
-                        table.clear()
+                    self.entries[flow.key] = flow
+                case "delete":
+                    self.entries.pop(flow.key, None)
+                case "clear":
+                    self.entries.clear()
 
     def forward(self, in_port: int, frame: bytes) -> Forwarded:
-        fields: dict[str, int | str] = {
-            "in_port": in_port,
-            "eth_dst": frame[0:6].hex(":"),
-            "eth_src": frame[6:12].hex(":"),
-            "eth_type": int.from_bytes(frame[12:14], "big"),
-        }
+        fields = Match(in_port, frame[0:6].hex(":"), frame[6:12].hex(":"), int.from_bytes(frame[12:14], "big"))
         ports: set[int] = set()
         to_controller = False
-        table: int | None = SOURCES
+        table: int | None = PORTS
         while table is not None:
             entry = self._lookup(table, fields)
             if entry is None:
                 break
-            for output in entry.output:
-                if output == "controller":
-                    to_controller = True
-                else:
-                    ports |= self.port_numbers if output == "flood" else {int(output)}
+            to_controller |= "controller" in entry.output
+            ports |= {port for port in entry.output if isinstance(port, int)}
             table = entry.goto
         return Forwarded(frozenset(ports - {in_port}), to_controller)
 
-    def _lookup(self, table: int, fields: dict[str, int | str]) -> FlowMod | None:
-        hits = [entry for entry in self.tables[table].values() if entry.match.items() <= fields.items()]
+    def _lookup(self, table: int, fields: Match) -> Flow | None:
+        hits = [
+            entry
+            for entry in self.entries.values()
+            if entry.table == table
+            and all(want in (None, have) for want, have in zip(entry.match, fields, strict=True))
+        ]
         return max(hits, key=lambda entry: entry.priority, default=None)
 
 

@@ -21,16 +21,18 @@ from topologies.errors import UsageError
 from topologies.units import format_size, parse_bitrate, parse_percent, parse_rate, parse_size
 
 DEFAULT_PLAN = Path(__file__).with_name("two_hosts.toml")
+LEAF_SPINE = Path(__file__).with_name("leaf_spine.toml")  # four hosts, two leaves, two spines
 
 # An interface is named <host>-<uplink> ("esx1-vmnic0") and Linux allows 15 characters.
 NAME_PATTERN = "[a-z][a-z0-9]{0,7}"  # of a node: it is in the names of devices, namespaces, files
 _NAME = re.compile(NAME_PATTERN)
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _PAGE = 4096
+_MAX_DEVICE = 15
 _UPLINKS = {"vmnic0": "to the physical switch", "vmnic1": "the vMotion cable"}
 MIN_RAM_BYTES = 16 * 2**20
 MIN_DISK_BYTES = 2**20
-_MAX_BYTES = 2**40  # of either: beyond it, it is a slip
+_MAX_BYTES = 2**44  # of either: beyond it, it is a slip
 
 
 class PlanError(UsageError):
@@ -69,6 +71,7 @@ class Host:
     management: str
     vswitches: tuple[VSwitch, ...]
     vmkernel_ports: tuple[VMkernelPort, ...]
+    switch: str = ""  # to which its vmnic0 leads; the plan's first one if it does not say
 
     def vswitch_of(self, port_group: str) -> VSwitch:
         """The vSwitch that offers a port group."""
@@ -121,6 +124,7 @@ class Client:
     ip: str
     mac: str
     ip6: str = ""
+    switch: str = ""  # the plan's first one if it does not say
 
     @property
     def interface(self) -> IPv4Interface:
@@ -150,7 +154,10 @@ _Named = TypeVar("_Named", Host, VM, Client)
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole testbed. `link` is the vMotion cable's rate in bit/s, 0 for unshaped."""
+    """The whole testbed. `link` is the vMotion cable's rate in bit/s, 0 for unshaped.
+
+    `switch` is the first physical switch; each of `trunks` is a cable between two of them.
+    """
 
     switch: str
     management: str
@@ -159,6 +166,13 @@ class Plan:
     clients: tuple[Client, ...]
     vms: tuple[VM, ...]
     nas: Nas | None = None  # without one the hosts keep their VMs in a folder
+    trunks: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """All physical switches, the first one first; the datapath id of each is its number in this list, from 1."""
+        names = [self.switch, *(name for trunk in self.trunks for name in trunk)]
+        return tuple(dict.fromkeys(names))
 
     @property
     def manager_ip(self) -> str:
@@ -197,9 +211,14 @@ def read_plan(path: Path | str = DEFAULT_PLAN) -> Plan:
     except (ValueError, RecursionError) as error:  # TOML, UTF-8, a number too long, tables nested too deeply
         raise PlanError(f"the plan {path} is no valid TOML: {error}") from error
     try:
-        return validate(_build(Plan, document, "the plan"))
+        return plan_of(document)
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
+
+
+def plan_of(document: dict[str, Any]) -> Plan:
+    """The plan of a TOML document."""
+    return validate(_build(Plan, document, "the plan"))
 
 
 def _build(cls: type, table: Any, where: str) -> Any:
@@ -220,8 +239,8 @@ def _build(cls: type, table: Any, where: str) -> Any:
     return cls(**values)
 
 
-def _value(hint: Any, spec: dataclasses.Field[Any], value: Any, where: str) -> Any:
-    if "parse" in spec.metadata:
+def _value(hint: Any, spec: dataclasses.Field[Any] | None, value: Any, where: str) -> Any:
+    if spec is not None and "parse" in spec.metadata:
         if not isinstance(value, str):
             raise PlanError(f"{where}: {value!r} has no unit; write a string with a unit")
         try:
@@ -232,6 +251,10 @@ def _value(hint: Any, spec: dataclasses.Field[Any], value: Any, where: str) -> A
         if not isinstance(value, list):
             raise PlanError(f"{where} must be a list")
         item = get_args(hint)[0]
+        if get_args(hint)[-1] is not ...:  # of a fixed length
+            if len(value) != len(get_args(hint)):
+                raise PlanError(f"{where} must have {len(get_args(hint))} entries, not {len(value)}")
+            return tuple(_item(item, element, f"{where}[{i}]") for i, element in enumerate(value))
         return tuple(_item(item, element, f"{where}[{i}]") for i, element in enumerate(value))
     if get_origin(hint) is UnionType:  # an optional table
         (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
@@ -242,6 +265,8 @@ def _value(hint: Any, spec: dataclasses.Field[Any], value: Any, where: str) -> A
 
 
 def _item(kind: type, element: Any, where: str) -> Any:
+    if get_origin(kind) is tuple:
+        return _value(kind, None, element, where)
     if dataclasses.is_dataclass(kind):
         name = element.get("name") if isinstance(element, dict) else None
         return _build(kind, element, f"{kind.__name__} {name!r}" if isinstance(name, str) else where)
@@ -254,16 +279,24 @@ def _item(kind: type, element: Any, where: str) -> Any:
 
 
 def validate(plan: Plan) -> Plan:
-    """The same plan, or PlanError with the first thing that cannot be built."""
+    """The same plan, each node with its switch; or PlanError with the first thing that cannot be built."""
+    hosts = tuple(dataclasses.replace(host, switch=host.switch or plan.switch) for host in plan.hosts)
+    clients = tuple(dataclasses.replace(client, switch=client.switch or plan.switch) for client in plan.clients)
+    plan = dataclasses.replace(plan, hosts=hosts, clients=clients)
     for check in _CHECKS:
         check(plan)
     return plan
 
 
+def port_name(switch: str, node: str) -> str:
+    """The port of a physical switch is named after what is behind it."""
+    return f"{switch}-{node}"
+
+
 def _check_names(plan: Plan) -> None:
-    if len(plan.hosts) != 2:
-        raise PlanError(f"this topology has two hosts, the plan names {len(plan.hosts)}")
-    seen = {"mgmt": "the management segment"}
+    if len(plan.hosts) < 2:
+        raise PlanError(f"a migration takes two hosts, the plan names {len(plan.hosts)}")
+    seen = {"mgmt": "the management segment", "vmotion": "the vMotion segment"}
     for what, name in _names(plan):
         if not _NAME.fullmatch(name):
             raise PlanError(f"{what} {name!r}: a name is a lower-case letter and up to 7 letters or digits")
@@ -272,8 +305,35 @@ def _check_names(plan: Plan) -> None:
         seen[name] = f"{what} {name!r}"
 
 
+def _check_switches(plan: Plan) -> None:
+    seen: set[tuple[str, str]] = set()
+    for trunk in plan.trunks:
+        where = f"the trunk {' - '.join(trunk)}"
+        if trunk[0] == trunk[1]:
+            raise PlanError(f"{where} leads from a switch to itself")
+        if (min(trunk), max(trunk)) in seen:
+            raise PlanError(f"{where} is there twice; two switches have one trunk between them")
+        seen.add((min(trunk), max(trunk)))
+    nodes: tuple[Host | Client, ...] = (*plan.hosts, *plan.clients)
+    for node in nodes:
+        if node.switch not in plan.switches:
+            where, known = f"{type(node).__name__} {node.name!r}", ", ".join(plan.switches)
+            raise PlanError(f"{where} is at an unknown switch {node.switch!r}; known are {known}")
+    ends = [(node.switch, node.name) for node in nodes]
+    ends += [(here, there) for trunk in plan.trunks for here, there in (trunk, trunk[::-1])]
+    for switch, node_name in ends:
+        if len(name := port_name(switch, node_name)) > _MAX_DEVICE:
+            raise PlanError(f"port {name!r}: longer than {_MAX_DEVICE} characters; give the switch a shorter name")
+    reached, trunks = {plan.switch}, set(plan.trunks)
+    while near := [trunk for trunk in trunks if reached & set(trunk)]:
+        reached |= {name for trunk in near for name in trunk}
+        trunks -= set(near)
+    if apart := [name for name in plan.switches if name not in reached]:
+        raise PlanError(f"switch {apart[0]!r} is not connected to {plan.switch!r}; add a trunk")
+
+
 def _names(plan: Plan) -> Iterator[tuple[str, str]]:
-    yield "switch", plan.switch
+    yield from (("switch", name) for name in plan.switches)
     yield from (("host", h.name) for h in plan.hosts)
     yield from (("client", c.name) for c in plan.clients)
     if plan.nas:
@@ -420,7 +480,7 @@ def _check_hosts(plan: Plan) -> None:
         for device in devices:
             if devices.count(device) > 1:
                 raise PlanError(f"host {host.name!r}: {device!r} is used twice")
-            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]{0,8}", device) or len(f"{host.name}-{device}") > 15:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]{0,8}", device) or len(f"{host.name}-{device}") > _MAX_DEVICE:
                 raise PlanError(
                     f"host {host.name!r}: {device!r} is no device name: a letter, up to 8 letters or digits"
                 )
@@ -433,12 +493,13 @@ def _check_vmotion(plan: Plan) -> None:
         if len(ports) != 1:
             raise PlanError(f"host {host.name!r} has {len(ports)} VMkernel ports for vMotion; enable it on one")
         networks[host.name] = ports[0].interface.network
-    first, second = plan.hosts
-    if networks[first.name] != networks[second.name]:
-        raise PlanError(
-            f"the vMotion addresses of {first.name!r} ({networks[first.name]}) and {second.name!r} "
-            f"({networks[second.name]}) are in different subnets; they must share one"
-        )
+    first = plan.hosts[0].name
+    for name, network in networks.items():
+        if network != networks[first]:
+            raise PlanError(
+                f"the vMotion addresses of {first!r} ({networks[first]}) and {name!r} "
+                f"({network}) are in different subnets; they must share one"
+            )
 
 
 def _check_vms(plan: Plan) -> None:
@@ -460,13 +521,13 @@ def check_vm(vm: VM, host: Host) -> None:
     if not any(vm.port_group in v.port_groups for v in host.vswitches):
         raise PlanError(f"VM {vm.name!r}: host {host.name!r} has no port group {vm.port_group!r}")
     if not MIN_RAM_BYTES <= vm.ram <= _MAX_BYTES or vm.ram % _PAGE:
-        raise PlanError(f"VM {vm.name!r}: RAM of {vm.ram} bytes; it takes 16MiB to 1TiB, in whole 4 KiB pages")
+        raise PlanError(f"VM {vm.name!r}: RAM of {vm.ram} bytes; it takes 16MiB to 16384GiB, in whole 4 KiB pages")
     if not 0 <= vm.fill <= 1:
         raise PlanError(f"VM {vm.name!r}: fill of {vm.fill:.0%}; it must be 0% to 100%")
     if not 0 <= vm.compressible <= 1:
         raise PlanError(f"VM {vm.name!r}: compressible by {vm.compressible:.0%}; it must be 0% to 100%")
     if not MIN_DISK_BYTES <= vm.disk <= _MAX_BYTES or vm.disk % 512:
-        raise PlanError(f"VM {vm.name!r}: a disk of {vm.disk} bytes; it takes 1MiB to 1TiB, in whole sectors")
+        raise PlanError(f"VM {vm.name!r}: a disk of {vm.disk} bytes; it takes 1MiB to 16384GiB, in whole sectors")
     if not vm.bulk_rate:
         raise PlanError(f"VM {vm.name!r}: the bulk stream cannot be unshaped; write a rate like 10Mbit")
     if not _PAGE <= vm.working_set <= vm.ram:
@@ -475,4 +536,13 @@ def check_vm(vm: VM, host: Host) -> None:
         raise PlanError(f"VM {vm.name!r}: working set of {size}; {limits}")
 
 
-_CHECKS = (_check_names, _check_addresses, _check_vm_network, _check_unique, _check_hosts, _check_vmotion, _check_vms)
+_CHECKS = (
+    _check_names,
+    _check_switches,
+    _check_addresses,
+    _check_vm_network,
+    _check_unique,
+    _check_hosts,
+    _check_vmotion,
+    _check_vms,
+)

@@ -264,7 +264,7 @@ def test_an_agent_refuses_what_is_not_there(testbed: Testbed) -> None:
             control.PowerOff("vm7"),
             control.Migrate("vm7", "m", "50.50.50.2", protocol.PORT, "token", Policy()),
         ),
-        "VM vm7: its files on nfs://10.0.99.3/datastore1": (
+        "VM vm7: no such VM on nfs://10.0.99.3/datastore1": (
             control.Prepare("vm7", "m", "rarp", SCHEDULE_MS),
             control.PowerOn("vm7", "rarp", SCHEDULE_MS),
             control.Register("vm7"),

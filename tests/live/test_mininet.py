@@ -60,7 +60,7 @@ def test_mn_builds_the_network_of_another_plan(tmp_path: Path) -> None:
 
 def test_mn_with_our_controller_beside_it_forwards_on_the_vm_network(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
-    words = [sys.executable, "-m", "controller.app", "--port", "0", "--events", str(events)]
+    words = [sys.executable, "-m", "controller", "--port", "0", "--events", str(events)]
     with subprocess.Popen(words, cwd=ROOT) as controller:
         eventually(lambda: events.exists() and bool(find(read_events(events), "controller.listening")), "controller")
         (listening,) = find(read_events(events), "controller.listening")

@@ -7,11 +7,15 @@ from fakes import arp, ethernet, rarp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.locations import Forgotten, Learned, Locations, Moved, classify
+from controller.guard import Guard
+from controller.locations import Decision, Forgotten, Learned, Locations, Moved, Source, classify
+from controller.network import Port
 
 MAC = "00:50:56:00:00:01"
 IP, OTHER_IP, NO_IP = bytes((10, 0, 0, 11)), bytes((10, 0, 0, 100)), bytes(4)
+OTHER = "00:50:56:00:00:02"
 S1 = "0000000000000001"
+P1, P2, P3 = (Port(S1, number) for number in (1, 2, 3))
 
 
 def tagged(frame: bytes) -> bytes:
@@ -39,7 +43,9 @@ def tagged(frame: bytes) -> bytes:
     ],
 )
 def test_a_frame_is_classified_by_its_source_and_what_it_announces(frame: bytes, kind: str) -> None:
-    assert classify(frame) == (MAC, kind)
+    source = classify(frame)
+    assert source is not None
+    assert (source.mac, source.kind) == (MAC, kind)
 
 
 @pytest.mark.parametrize(
@@ -75,72 +81,80 @@ def test_any_bytes_are_classified_without_an_error(frame: bytes) -> None:
         assert bytes.fromhex(source.mac.replace(":", "")) == frame[6:12]
 
 
+def test_an_arp_packet_says_which_address_its_sender_has() -> None:
+    assert classify(arp(MAC, IP, OTHER_IP)) == Source(MAC, "frame", "10.0.0.11")
+    assert classify(arp(MAC, NO_IP, IP)) == Source(MAC, "frame", "")
+
+
+# ---------------------------------------------------------------- without a guard
+
+
 def test_a_life_of_a_mac() -> None:
     locations = Locations()
-    assert locations.place(S1, MAC, 1, "frame", 10) == [Learned(MAC, S1, 1, "frame", 10)]
-    assert locations.place(S1, MAC, 1, "frame", 11) == []
-    assert locations.place(S1, MAC, 2, "rarp", 12) == [Moved(MAC, S1, 1, 2, "rarp", 12)]
-    assert locations.place(S1, MAC, 2, "rarp", 13) == []  # announced five times, moved once
-    assert locations.place(S1, MAC, 1, "manager", 14) == [Moved(MAC, S1, 2, 1, "manager", 14)]
-    assert locations.forget_port(S1, 2) == []
-    assert locations.forget_port(S1, 1) == [Forgotten(MAC, S1, 1)]
-    assert locations.port_of(S1, MAC) is None
-    assert locations.place(S1, MAC, 2, "garp", 15) == [Learned(MAC, S1, 2, "garp", 15)]
+    assert locations.place(MAC, P1, "frame", 10) == Learned(MAC, P1, "frame", 10)
+    assert locations.place(MAC, P1, "frame", 11) is None
+    assert locations.place(MAC, P2, "rarp", 12) == Moved(MAC, P1, P2, "rarp", 12)
+    assert locations.place(MAC, P2, "rarp", 13) is None  # announced five times, moved once
+    assert locations.place(MAC, P1, "manager", 14) == Moved(MAC, P2, P1, "manager", 14)
+    assert locations.forget_port(P2) == []
+    assert locations.forget_port(P1) == [Forgotten(MAC, P1)]
+    assert locations.at(MAC) is None
+    assert locations.place(MAC, P2, "garp", 15) == Learned(MAC, P2, "garp", 15)
 
 
-def test_each_switch_has_its_own_view() -> None:
+def test_a_move_to_another_switch_is_one_too() -> None:
     locations = Locations()
-    locations.place("a", MAC, 1, "frame", 0)
-    assert locations.place("b", MAC, 9, "frame", 1) == [Learned(MAC, "b", 9, "frame", 1)]
-    locations.forget_switch("a")
-    assert locations.port_of("a", MAC) is None
-    assert locations.port_of("b", MAC) == 9
+    locations.place(MAC, P1, "frame", 0)
+    assert locations.place(MAC, Port("b", 9), "rarp", 1) == Moved(MAC, P1, Port("b", 9), "rarp", 1)
+
+
+def test_what_comes_from_a_trunk_says_nothing() -> None:
+    guard = Guard()
+    guard.become_trunk(P2, True)
+    locations = Locations(guard)
+    locations.place(MAC, P1, "frame", 0)
+    assert locations.place(MAC, P2, "rarp", 1) is None
+    assert not locations.adopt(OTHER, P2)
 
 
 def test_a_lost_port_takes_its_macs_and_no_others() -> None:
     locations = Locations()
-    for number, port in enumerate((1, 2, 1, 3)):
-        locations.place(S1, f"00:50:56:00:00:0{number}", port, "frame", number)
-    assert {decision.mac for decision in locations.forget_port(S1, 1)} == {"00:50:56:00:00:00", "00:50:56:00:00:02"}
-    assert locations.port_of(S1, "00:50:56:00:00:01") == 2
-    assert locations.port_of(S1, "00:50:56:00:00:03") == 3
+    for number, port in enumerate((P1, P2, P1, P3)):
+        locations.place(f"00:50:56:00:00:0{number}", port, "frame", number)
+    assert {decision.mac for decision in locations.forget_port(P1)} == {"00:50:56:00:00:00", "00:50:56:00:00:02"}
+    assert locations.all() == {"00:50:56:00:00:01": P2, "00:50:56:00:00:03": P3}
 
 
-def test_forgetting_what_was_never_known_is_no_error() -> None:
+def test_what_a_switch_knew_is_taken_over_unless_it_is_known_better() -> None:
     locations = Locations()
-    assert locations.forget_port(S1, 1) == []
-    locations.forget_switch(S1)
+    assert locations.adopt(MAC, P1)
+    assert not locations.adopt(MAC, P2)
+    assert locations.place(MAC, P1, "frame", 0) is None
+    assert locations.at(MAC) == P1
 
 
-switches = st.sampled_from(["a", "b"])
-ports = st.integers(1, 3)
 macs = st.sampled_from([f"00:50:56:00:00:0{n}" for n in range(3)])
+ports = st.sampled_from([Port(switch, number) for switch in ("a", "b") for number in (1, 2, 3)])
 kinds = st.sampled_from(["rarp", "garp", "frame"])
 
 
-@given(st.lists(st.tuples(switches, macs, ports, kinds)))
+@given(st.lists(st.tuples(macs, ports, kinds)))
 def test_the_table_says_the_last_port_and_every_change_is_said_once(sightings: list[tuple]) -> None:
-    locations = Locations()
-    last: dict[tuple[str, str], int] = {}
-    for now, (switch, mac, port, kind) in enumerate(sightings):
-        before = last.get((switch, mac))
-        if before is None:
-            expected: list = [Learned(mac, switch, port, kind, now)]
-        elif before != port:
-            expected = [Moved(mac, switch, before, port, kind, now)]
-        else:
-            expected = []
-        assert locations.place(switch, mac, port, kind, now) == expected
-        last[switch, mac] = port
-    assert {key: locations.port_of(*key) for key in last} == last
+    locations, last = Locations(), dict[str, Port]()
+    for now, (mac, port, kind) in enumerate(sightings):
+        before = last.get(mac)
+        expected: Decision | None = Learned(mac, port, kind, now)
+        if before is not None:
+            expected = None if before == port else Moved(mac, before, port, kind, now)
+        assert locations.place(mac, port, kind, now) == expected
+        last[mac] = port
+    assert locations.all() == last
 
 
 @given(st.lists(st.tuples(macs, ports)), ports)
-def test_after_a_port_is_lost_no_mac_is_there(sightings: list[tuple[str, int]], lost: int) -> None:
-    locations = Locations()
+def test_after_a_port_is_lost_no_mac_is_there(sightings: list[tuple[str, Port]], lost: Port) -> None:
+    locations, last = Locations(), dict(sightings)
     for mac, port in sightings:
-        locations.place(S1, mac, port, "frame", 0)
-    last = dict(sightings)
-    assert {d.mac for d in locations.forget_port(S1, lost)} == {mac for mac, port in last.items() if port == lost}
-    for mac, port in last.items():
-        assert locations.port_of(S1, mac) == (None if port == lost else port)
+        locations.place(mac, port, "frame", 0)
+    assert {d.mac for d in locations.forget_port(lost)} == {mac for mac, port in last.items() if port == lost}
+    assert locations.all() == {mac: port for mac, port in last.items() if port != lost}

@@ -90,7 +90,7 @@ def refused(error: PlanError, *named: str) -> None:
 
 def test_the_default_plan_is_valid() -> None:
     plan = read_plan()
-    assert validate(plan) is plan
+    assert validate(plan) == plan
     assert DEFAULT_PLAN.name == "two_hosts.toml"
     assert [host.name for host in plan.hosts] == ["esx1", "esx2"]
     assert plan.vm("vm1").mac == "00:50:56:00:00:01"
@@ -131,6 +131,7 @@ def test_a_plan_within_its_limits_is_accepted(tmp_path: Path, old: str, new: str
 # ---------------------------------------------------------------- what is refused
 
 # old text, new text, what the message names
+TRUNKS = 'link = "1Gbit"'
 REFUSALS = {
     # keys
     "an unknown key": ('switch = "s1"', 'switch = "s1"\nspeed = 3', ["the plan", "unknown key 'speed'", "known are"]),
@@ -156,9 +157,9 @@ REFUSALS = {
     # quantities
     "RAM without a unit": ('"512MiB"', "512", ["VM 'vm1', key 'ram'", "512 has no unit"]),
     "RAM as text without a unit": ('"512MiB"', '"512"', ["VM 'vm1', key 'ram'", "'512' has no unit", "512MiB"]),
-    "RAM of 0": ('"512MiB"', '"0MiB"', ["VM 'vm1'", "RAM of 0 bytes", "16MiB to 1TiB"]),
-    "too little RAM": ('"512MiB"', '"15MiB"', ["VM 'vm1'", "RAM of 15728640 bytes", "16MiB to 1TiB"]),
-    "too much RAM": ('"512MiB"', '"2048GiB"', ["VM 'vm1'", "RAM of 2199023255552 bytes", "16MiB to 1TiB"]),
+    "RAM of 0": ('"512MiB"', '"0MiB"', ["VM 'vm1'", "RAM of 0 bytes", "16MiB to 16384GiB"]),
+    "too little RAM": ('"512MiB"', '"15MiB"', ["VM 'vm1'", "RAM of 15728640 bytes", "16MiB to 16384GiB"]),
+    "too much RAM": ('"512MiB"', '"32768GiB"', ["VM 'vm1'", "RAM of 35184372088832 bytes", "16MiB to 16384GiB"]),
     "RAM in no whole pages": ('"512MiB"', '"600000001B"', ["VM 'vm1'", "RAM of 600000001 bytes", "whole 4 KiB pages"]),
     "negative RAM": ('"512MiB"', '"-512MiB"', ["VM 'vm1', key 'ram'", "'-512MiB' is no quantity"]),
     "a working set too large": ('"64MiB"', '"513MiB"', ["VM 'vm1'", "working set of 513 MiB", "at most its RAM"]),
@@ -217,7 +218,15 @@ REFUSALS = {
     "a broadcast address": ("50.50.50.2", "50.50.50.3", ["host 'esx2'", "50.50.50.3 is the network or broadcast"]),
     "a VMkernel port's address that is none": ("50.50.50.2", "50.50.50", ["host 'esx2'", "'50.50.50' is no IPv4"]),
     # hosts
-    "a third host": ("[[clients]]", THIRD_HOST + "[[clients]]", ["two hosts", "names 3"]),
+    "a third host without vMotion": ("[[clients]]", THIRD_HOST + "[[clients]]", ["host 'esx3'", "0 VMkernel ports"]),
+    "a trunk to itself": (TRUNKS, TRUNKS + '\ntrunks = [["s1", "s1"]]', ["s1 - s1", "itself"]),
+    "a trunk of three": (TRUNKS, TRUNKS + '\ntrunks = [["s1", "s2", "s3"]]', ["trunks", "2 entries, not 3"]),
+    "a trunk twice": (TRUNKS, TRUNKS + '\ntrunks = [["s1", "s2"], ["s2", "s1"]]', ["s2 - s1", "twice"]),
+    "an island": (TRUNKS, TRUNKS + '\ntrunks = [["s2", "s3"]]', ["switch 's2'", "not connected to 's1'"]),
+    "a switch with a host's name": (TRUNKS, TRUNKS + '\ntrunks = [["s1", "esx1"]]', ["'esx1'", "names must differ"]),
+    "a host at no switch": ('name = "esx1"', 'name = "esx1"\nswitch = "s9"', ["Host 'esx1'", "'s9'", "known are s1"]),
+    "a client at no switch": ('name = "c1"', 'name = "c1"\nswitch = "s9"', ["Client 'c1'", "'s9'"]),
+    "a long port": (TRUNKS, TRUNKS + '\ntrunks = [["s1", "leaf2222"], ["leaf2222", "leaf3333"]]', ["2-leaf3333"]),
     "an unknown port group": ('port_group = "vMotion"', 'port_group = "vmotion"', ["port 'vmk1'", "'vmotion'"]),
     "a port group on two vSwitches": ('["VM Network"]', '["vMotion"]', ["host 'esx1'", "two vSwitches", "'vMotion'"]),
     "a port group twice": ('["vMotion"]', '["vMotion", "vMotion"]', ["host 'esx1'", "'vMotion'"]),
@@ -532,7 +541,7 @@ def test_a_damaged_plan_is_refused_or_answers_every_question(
     except PlanError as error:
         refusal = error
     else:
-        assert validate(plan) is plan
+        assert validate(plan) == plan
         for host in plan.hosts:
             assert host.vmotion_port.interface.network
             assert all(host.vswitch_of(port.port_group) for port in host.vmkernel_ports)
