@@ -69,6 +69,7 @@ from topologies.events import EventLog
 _MOVES_REMEMBERED = 1000
 _IPS_REMEMBERED = 20_000
 _ALARM_EVERY_S = 1.0
+_NETWORK = "the network"  # in the place of a MAC
 
 
 class Mobility(App):
@@ -242,13 +243,13 @@ class Mobility(App):
         self._log.emit("mac.relearned", t=fields["barrier"], **fields)
 
     def _flush(self, mac: str = "") -> None:
-        """What waits for a confirmation is sent now: of a MAC, or of all. What follows must not be overtaken by it."""
-        for waiting in [mac] if mac else list(self._rest):
+        """What waits for a confirmation is sent now, of a MAC or of all: what follows must not be overtaken by it."""
+        for waiting in [mac, _NETWORK] if mac else list(self._rest):
             self._send(self._rest.pop(waiting, []))
 
-    def _send(self, steps: list[Step], confirmed: Callable[[], None] | None = None) -> None:
-        """To those switches that are there; one that is not is compared when it is back."""
-        told = [(self.switches[step.switch], step) for step in steps if step.switch in self.switches]
+    def _send(self, steps: list[Step], confirmed: Callable[[], None] | None = None, *, at_once: bool = False) -> None:
+        """To those switches that are there; one that is not is compared when it is back. `at_once`: all or nothing."""
+        told = [(self.switches[step.switch], step.changes) for step in steps if step.switch in self.switches]
         waiting = len(told)
 
         def one_more() -> None:
@@ -257,8 +258,10 @@ class Mobility(App):
             if not waiting and confirmed is not None:
                 confirmed()
 
-        for switch, step in told:
-            switch.send(step.changes, one_more)
+        for switch, changes in told:
+            (switch.send_at_once if at_once else switch.send)(changes, one_more)
+        if not told and confirmed is not None:
+            confirmed()
 
     def _expire_soon(self) -> None:
         sleep(HOLD_S)
@@ -345,9 +348,14 @@ class Mobility(App):
             fields: dict[str, Any] = {"switch": one.switch, "port": one.number}
             fields |= {"other_switch": other.switch, "other_port": other.number}
             self._log.emit("trunk.up" if is_up else "trunk.down", **fields)
-        for step in self._forwarding.reroute():
-            if step.switch in self.switches:
-                self.switches[step.switch].send_at_once(step.changes)
+        first, then = self._forwarding.reroute()
+        self._rest[_NETWORK] = then
+        self._send(first, partial(self._rerouted, then), at_once=True)
+
+    def _rerouted(self, then: list[Step]) -> None:
+        if self._rest.get(_NETWORK) is then:
+            del self._rest[_NETWORK]
+            self._send(then, at_once=True)
 
     def _become_trunk(self, port: Port, is_up: bool) -> None:
         """Where no plan has said so before."""

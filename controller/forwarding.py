@@ -28,6 +28,7 @@ class Forwarding:
         self._network, self._locations, self._guard = network, locations, locations.guard
         self._ways: dict[str, dict[str, int]] = defaultdict(dict)  # switch -> MAC -> port
         self._ports: dict[str, set[int]] = defaultdict(set)
+        self._floods: dict[str, Flow] = {}
 
     def add_port(self, port: Port) -> Step:
         """A switch has it; its role is known."""
@@ -76,15 +77,25 @@ class Forwarding:
             case _:
                 return []
 
-    def reroute(self) -> list[Step]:
-        """After a change of the network: the ways that are others now."""
-        steps = []
+    def reroute(self) -> tuple[list[Step], list[Step]]:
+        """After a change of the network: what is harmless by itself, and what may follow once all have that.
+
+        First entries for MACs that a switch had no way to, since nobody sends there yet, and floods without what leaves
+        the tree: better a flood that does not come everywhere than one that goes in circles. Then all the rest.
+        """
+        first, then = [], []
         for switch in sorted(self._ways):
-            changes = [FlowMod("add", self._flood(switch))]
+            was, flood = self._floods.get(switch), self._flood(switch)
+            before, after = [], []
+            if was is not None and was != flood:
+                before.append(FlowMod("add", openflow.flood(set(was.output) & set(flood.output))))
+                after.append(FlowMod("add", flood))
             for mac, at in self._locations.all().items():
-                changes += self._way(switch, mac, at)
-            steps.append(Step(switch, changes))
-        return steps
+                is_new = mac not in self._ways[switch]
+                (before if is_new else after).extend(self._way(switch, mac, at))
+            first += [Step(switch, before)] if before else []
+            then += [Step(switch, after)] if after else []
+        return first, then
 
     def _towards(self, mac: str, at: Port, old: Port | None) -> list[Step]:
         distances = self._network.distances(at.switch)
@@ -123,7 +134,9 @@ class Forwarding:
     def _flood(self, switch: str) -> Flow:
         tree = self._network.tree()
         ports = [Port(switch, number) for number in self._ports[switch]]
-        return openflow.flood(port.number for port in ports if port in tree or self._guard.place(port).role != "trunk")
+        chosen = [port.number for port in ports if port in tree or self._guard.place(port).role != "trunk"]
+        flood = self._floods[switch] = openflow.flood(chosen)
+        return flood
 
     def _of_port(self, port: Port) -> list[Flow]:
         role = self._guard.place(port).role

@@ -94,8 +94,8 @@ def always() -> list[Flow]:
     ]
 
 
-def flood(ports: Iterable[int]) -> Flow:
-    return Flow(DESTINATIONS, 0, Match(), tuple(sorted(ports)))
+def flood(ports: Iterable[Output]) -> Flow:
+    return Flow(DESTINATIONS, 0, Match(), tuple(sorted(ports, key=int)))
 
 
 def from_trunk(port: int) -> Flow:

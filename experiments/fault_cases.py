@@ -168,9 +168,9 @@ def all_cases() -> list[Case]:
     return [*_tabled(), *_OTHERS]
 
 
-def short_cases() -> list[Case]:
-    """Two injuries at each state, every injury in turn, and all the others: what a test has time for."""
+def short_cases(injuries: int = 2) -> list[Case]:
+    """So many injuries at each state, every injury in turn, and all the others: what a person has time for."""
     states = len(_tabled()) // len(INJURIES)
-    turns = {(state, (state * 2 + turn) % len(INJURIES)) for state in range(states) for turn in (0, 1)}
+    turns = {(state, (state * injuries + turn) % len(INJURIES)) for state in range(states) for turn in range(injuries)}
     tabled = [case for index, case in enumerate(_tabled()) if divmod(index, len(INJURIES)) in turns]
     return [*tabled, *_OTHERS]

@@ -12,14 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-from experiments import report
 from experiments.run import RESULTS
 from experiments.testbed import API_SOCKET
 from topologies.errors import UsageError
 
 _ANSWER_WITHIN_S = 10.0
+_WIDTH = 140  # of a table, whatever the terminal: it is for grep, too
 
 
 class _Connection(http.client.HTTPConnection):
@@ -66,7 +67,7 @@ def show(what: str, as_json: bool) -> int:
     if as_json:
         print(json.dumps(said, indent=2))
     else:
-        report.console.print(_TABLES[what](said))
+        Console(width=_WIDTH, soft_wrap=True).print(_TABLES[what](said))
     return 0
 
 

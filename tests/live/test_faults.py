@@ -39,7 +39,7 @@ def test_a_preparation_that_nobody_comes_for_is_given_up_and_the_vm_can_move(tes
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        cases = all_cases() if metafunc.config.getoption("--long") else short_cases()
+        cases = all_cases() if metafunc.config.getoption("--long") else short_cases(injuries=1)
         metafunc.parametrize("case", cases, ids=[case.name for case in cases])
 
 

@@ -43,10 +43,10 @@ class Fabric:
             self.forwarding.add_port(port)
         for name, obedient in self.switches.items():
             obedient.apply(FlowMod("add", flow) for flow in self.forwarding.desired(name))
-        for cable in sorted(self.cables):
-            self.set(cable, True)
         self.edges = {host.name: self.ports[port_name(host.switch, host.name)] for host in plan.hosts}
         self.edges["c1"] = self.ports["leaf2-c1"]
+        for cable in sorted(self.cables):
+            self.set(cable, True)
         self.now_ns = 0
 
     def obey(self, steps: list[Step]) -> None:
@@ -54,10 +54,14 @@ class Fabric:
             self.switches[switch].apply(changes)
 
     def set(self, cable: tuple[str, str], is_up: bool) -> None:
+        self.was_whole = is_up and self.is_whole()
         one, other = (self.ports[name] for name in cable)
         changed = self.network.connect(one, other) if is_up else self.network.disconnect(one)
         if changed:
-            self.obey(self.forwarding.reroute())
+            for steps in self.forwarding.reroute():
+                for step in steps:  # in any order: nothing may loop in between, and nothing that was reached be lost
+                    self.obey([step])
+                    self.observe()
 
     def moves(self, mac: str, to: str) -> list[Step]:
         self.now_ns += 1
@@ -82,6 +86,16 @@ class Fabric:
                 elif (peer := self.network.peer(port)) is not None:
                     queue.append(peer)
         raise AssertionError("it goes in circles")
+
+    def observe(self) -> None:
+        if self.is_whole():
+            for mac, at in self.locations.all().items():
+                there = next(name for name, port in self.edges.items() if port == at)
+                for begin in ("esx1", "esx2"):
+                    if begin != there and self.was_whole:
+                        assert self.sent(begin, mac)[there] == 1
+        for begin in ("esx1", "esx2"):
+            assert all(count == 1 for count in self.sent(begin, BROADCAST).values())
 
     def is_whole(self) -> bool:
         return len(self.network.distances("leaf1")) == len(self.switches)
