@@ -36,7 +36,7 @@ from typing import Any
 from controller import discovery, openflow
 from controller.discovery import Change, Discovery
 from controller.forwarding import Forwarding, Step
-from controller.guard import HOLD_S, OF_A_VM, TOO_MANY, Guard, Intent, Policy
+from controller.guard import HOLD_S, TOO_MANY, Guard, Intent, Policy
 from controller.locations import (
     Cause,
     Decision,
@@ -87,7 +87,7 @@ class Mobility(App):
         self.alarms = self.packet_ins = 0
         self._forwarding = Forwarding(self.network, self.locations)
         self._discovery = Discovery()
-        self._ips = dict(self.guard.policy.vms)  # MAC -> where it can be asked
+        self._ips = self._known_ips()  # MAC -> where it can be asked
         self._rest: dict[str, list[Step]] = {}  # MAC that moves -> what follows once its new edge has confirmed
         self._alarmed: dict[tuple[Port, str], tuple[float, int]] = {}  # -> when, how often since
         read_flow_stats_as(FlowStats)
@@ -185,11 +185,14 @@ class Mobility(App):
             self._carry_on(self._discovery.hear(said, port, now_ns / 1e9))
 
     def _seen(self, source: Source, port: Port, now_ns: int) -> None:
-        if source.ip and source.mac not in self.guard.policy.vms and self.locations.at(source.mac) in (None, port):
+        if source.ip and self.locations.at(source.mac) in (None, port):
             if len(self._ips) >= _IPS_REMEMBERED:
-                self._ips = dict(self.guard.policy.vms)
-            self._ips[source.mac] = source.ip
+                self._ips = self._known_ips()
+            self._ips.setdefault(source.mac, source.ip)
         self.steer(source.mac, port, source.kind, now_ns)
+
+    def _known_ips(self) -> dict[str, str]:
+        return {**self.guard.policy.clients, **self.guard.policy.vms}
 
     def steer(self, mac: str, port: Port, cause: Cause, time_ns: int) -> None:
         """Frames for `mac` go to this port from now on, whoever says so, if it is to be believed."""
@@ -211,11 +214,13 @@ class Mobility(App):
             case Moved():
                 self._move(decision)
             case Held(mac, old, new, cause, _):
+                self._send(self._forwarding.steps(decision))
                 if mac in self._ips and old.switch in self.switches:
                     self.switches[old.switch].send_frames([(old.number, arp_probe(self._ips[mac]))])
                 spawn(self._expire_soon)
                 self._log.emit("mac.held", mac=mac, **_from_to(old, new), cause=cause)
             case Refused():
+                self._send(self._forwarding.steps(decision))
                 self._alarm(decision)
 
     def _move(self, moved: Moved) -> None:
@@ -271,7 +276,9 @@ class Mobility(App):
     def _alarm(self, refused: Refused) -> None:
         """The first at once, then one a second with how many there were: an attacker must not fill the disk."""
         self.alarms += 1
-        if refused.reason == OF_A_VM:  # one is enough for the switch to know
+        if (
+            refused.reason != TOO_MANY and self.guard.place(refused.at).role == "client"
+        ):  # the switch need not tell again
             lies = openflow.silence(refused.mac, refused.at.number)
             self._send([Step(refused.at.switch, [FlowMod("add", lies)])])
         key, now_s = (refused.at, refused.reason), refused.time_ns / 1e9
@@ -396,9 +403,14 @@ class Mobility(App):
 
     @set_ev_cls(ofp_event.EventOFPErrorMsg, MAIN_DISPATCHER)
     def _refused(self, event: Any) -> None:
-        """The switch refused a change, a full table for instance; a barrier alone would not tell."""
+        """The switch refused a change or a bundle, a full table for instance; a barrier alone would not tell."""
         message = event.msg
-        self._log.emit("switch.error", switch=name_of(message.datapath), type=message.type, code=message.code)
+        self._log.emit(
+            "switch.error",
+            switch=name_of(message.datapath),
+            type=message.type,
+            code=getattr(message, "code", message.type),
+        )
 
     def _of(self, datapath: Any) -> Switch | None:
         """None for a connection that never came up, or that a newer one of the same switch has replaced."""

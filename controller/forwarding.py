@@ -9,9 +9,13 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from controller import openflow
-from controller.locations import Decision, Forgotten, Learned, Locations, Moved
+from controller.guard import NOT_THERE, STILL_THERE
+from controller.locations import Decision, Forgotten, Held, Learned, Locations, Moved, Refused
 from controller.network import Network, Port
 from controller.openflow import Flow, FlowMod
+
+
+_STAYS = (STILL_THERE, NOT_THERE)
 
 
 class Step(NamedTuple):
@@ -74,8 +78,15 @@ class Forwarding:
                 return self._towards(mac, new, old)
             case Forgotten(mac, at):
                 return self._nowhere(mac, at)
+            case Held(mac, old, _, _, _):  # what still comes from there is to be noticed
+                return self._listening(old, FlowMod("delete", openflow.known_source(mac, old.number)))
+            case Refused(mac, reason=reason) if reason in _STAYS and (here := self._locations.at(mac)) is not None:
+                return self._listening(here, FlowMod("add", openflow.known_source(mac, here.number)))
             case _:
                 return []
+
+    def _listening(self, at: Port, change: FlowMod) -> list[Step]:
+        return [Step(at.switch, [change])] if at.switch in self._ways else []
 
     def reroute(self) -> tuple[list[Step], list[Step]]:
         """After a change of the network: what is harmless by itself, and what may follow once all have that.

@@ -13,7 +13,8 @@ A MAC that is known and shows up elsewhere may have moved, or somebody pretends.
 2) The manager has announced it (an Intent: this MAC, to this host, until then): believed at once, and for once.
 3) More than DAMPED_MOVES moves within DAMPED_S that nobody has announced: refused, as EVPN does (RFC 7432,
    section 15.1: 5 moves in 180 s). There an operator lifts it; here it ends by itself, or with an Intent.
-4) Else it is held: its old place is asked (ARP), and if that is silent for HOLD_S, it has moved.
+4) Else it is held: its old place is listened to, and asked (ARP) if its IP address is known; if nothing comes from
+   there for HOLD_S, it has moved.
 """
 
 from collections import defaultdict, deque
@@ -37,6 +38,7 @@ TOO_MANY = f"more than {MACS_OF_A_CLIENT} MACs behind a client's port"
 DAMPED = f"more than {DAMPED_MOVES} moves in {DAMPED_S:g} s that nobody has announced"
 CONTESTED = "it is held for another port"
 STILL_THERE = "its old place answers"
+NOT_THERE = "the port where it was seen is down"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Policy:
     places: Mapping[str, Place] = field(default_factory=dict)
     switches: Mapping[str, str] = field(default_factory=dict)  # datapath id -> name
     vms: Mapping[str, str] = field(default_factory=dict)  # MAC -> IPv4 address, "" if unknown
+    clients: Mapping[str, str] = field(default_factory=dict)  # the same of others
 
     def place(self, port_name: str) -> Place:
         """A port that the plan does not know is nobody's uplink."""

@@ -29,7 +29,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from controller.guard import CONTESTED, DAMPED, HOLD_S, STILL_THERE, Guard
+from controller.guard import CONTESTED, DAMPED, HOLD_S, NOT_THERE, STILL_THERE, Guard
 from controller.network import Port
 
 Cause = Literal["rarp", "garp", "frame", "manager"]
@@ -182,15 +182,17 @@ class Locations:
             self._put(held.mac, held.new)
         return [Moved(held.mac, held.old, held.new, held.cause, time_ns) for held in due]
 
-    def forget_port(self, port: Port) -> list[Forgotten]:
-        """A port went down or away, or turned out to be a trunk (step 5)."""
+    def forget_port(self, port: Port) -> list[Forgotten | Refused]:
+        """A port went down or away, or turned out to be a trunk (step 5); what is held for it is not there either."""
         lost = sorted(self._there.pop(port, ()))
         for mac in lost:
             del self._at[mac]
             self._held.pop(mac, None)
-        for mac in [mac for mac, held in self._held.items() if held.new == port]:
-            del self._held[mac]
-        return [Forgotten(mac, port) for mac in lost]
+        vain = [held for held in self._held.values() if held.new == port]
+        for held in vain:
+            del self._held[held.mac]
+        refused = [Refused(held.mac, port, held.cause, held.time_ns, NOT_THERE) for held in vain]
+        return [*(Forgotten(mac, port) for mac in lost), *refused]
 
     def forget(self, mac: str) -> Forgotten:
         """One that is known."""

@@ -128,7 +128,7 @@ def quarantine(port: int) -> list[Flow]:
 
 
 def silence(mac: str, port: int) -> Flow:
-    """For some seconds a port's lies about a VM's MAC are dropped without a word."""
+    """For some seconds a client's lies about this MAC are dropped without a word."""
     return Flow(GUARD, 200, Match(in_port=port, eth_src=mac), hard_timeout_s=QUARANTINE_S)
 
 

@@ -12,4 +12,6 @@ def policy_of(plan: Plan) -> Policy:
         for here, there in (trunk, trunk[::-1]):
             places[port_name(here, there)] = Place("trunk", there)
     switches = {f"{number:016x}": name for number, name in enumerate(plan.switches, start=1)}
-    return Policy(places, switches, {vm.mac: str(vm.interface.ip) for vm in plan.vms})
+    vms = {vm.mac: str(vm.interface.ip) for vm in plan.vms}
+    clients = {client.mac: str(client.interface.ip) for client in plan.clients}
+    return Policy(places, switches, vms, clients)

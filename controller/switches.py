@@ -71,6 +71,7 @@ class Switch:
         stats, reply = self._dumps[xid] = [], Reply()
         self.datapath.send_msg(request)
         if not wait_for_reply(reply, _ANSWER_WITHIN_S):
+            self._dumps.pop(xid, None)
             raise SwitchGone(self.name)
         return stats
 

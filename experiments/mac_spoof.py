@@ -10,6 +10,7 @@
 The same attacks against each of three controllers:
 
     claim     RARP and gratuitous ARP with the VM's MAC, two hundred a second
+    pose      the same with c1's MAC: then the VM's answers are to be had
     replay    the VM's own announcement, as the switch has flooded it to everybody when the VM moved
     flood     RARP for random MACs, as fast as it can; meanwhile the VM moves, and has to be followed
 
@@ -18,8 +19,9 @@ mallory's to see only if its lie was believed. In <controller>/events.jsonl: mac
 
 What was learned: a switch that learns from source addresses believes whoever spoke last. OVS by itself (NORMAL) sends
 the VM's traffic to mallory until the VM speaks again. The textbook's learning switch does not touch the entries that it
-has, which is what breaks it when a VM really moves; but whoever begins to talk after the lie talks to mallory. To tell
-a move from a lie takes knowledge that is in no frame: which ports lead to hosts, what the manager has ordered.
+has, which is what breaks it when a VM really moves; but who begins to talk after the lie talks to mallory, for ever.
+To tell a move from a lie takes knowledge that is in no frame: which ports lead to hosts, what the manager has ordered,
+and whether the old place still answers.
 """
 
 import dataclasses
@@ -46,8 +48,13 @@ from topologies.plan import VM, Client, Plan, validate
 
 COMPARED = ("mobility", "learning-switch", "standalone")
 MALLORY, SECOND = "mallory", "c2"
-ATTACKS = {"claim": 200, "replay": 200, "flood": 50_000}  # frames a second
-OF_A_VM, TOO_MANY = "a VM's MAC is only behind a host's uplink", "more than 8 MACs behind a client's port"  # guard's
+ATTACKS = {"claim": 200, "replay": 200, "pose": 200, "flood": 50_000}  # frames a second
+KINDS = {"pose": "claim"}  # where the attacker's word (experiments/attacker.py) is another
+ALARMS = {  # the guard's (controller/guard.py)
+    "a VM's MAC is only behind a host's uplink",
+    "its old place answers",
+    "more than 8 MACs behind a client's port",
+}
 _ATTACK_S = 2.0
 _PINGS = 20
 _SETTLED_S = 0.5
@@ -99,7 +106,7 @@ def _of_mobility(outcomes: list[Outcome], events: list[Event], vm: VM) -> dict[s
         "nothing_goes_to_mallory": not any(o.stolen for o in outcomes),
         "who_begins_later_is_answered": not any(o.unanswered > _PINGS / 2 for o in outcomes),
         "every_move_is_followed_and_no_lie": len(moves) == len(find(events, "migration.end")),
-        "each_lie_raises_an_alarm": {alarm["reason"] for alarm in alarms} >= {OF_A_VM, TOO_MANY},
+        "each_lie_raises_an_alarm": {alarm["reason"] for alarm in alarms} >= ALARMS,
         "the_flood_is_stopped_in_the_switch": bool(find(events, "port.quarantined")),
     }
 
@@ -144,7 +151,8 @@ def _with_others(plan: Plan) -> Plan:
 
 def _attack(testbed: Testbed, vm: VM, attack: str) -> Outcome:
     with OneProbe(testbed, vm.name, "udp", attack, EchoResult) as probe:
-        words = [attack, f"{MALLORY}-eth0", vm.mac, str(vm.interface.ip)]
+        victim = testbed.run.plan.clients[0] if attack == "pose" else vm
+        words = [KINDS.get(attack, attack), f"{MALLORY}-eth0", victim.mac, str(victim.interface.ip)]
         words += ["--seconds", str(_ATTACK_S), "--rate", str(ATTACKS[attack])]
         child = testbed.start_child(f"{attack}er", testbed.popen(MALLORY), "experiments.attacker", *words)
         if attack == "replay":
@@ -182,18 +190,22 @@ def _answered(testbed: Testbed, ip: str) -> int:
 
 
 def _heal(testbed: Testbed, vm: VM) -> None:
-    """For the next one everybody knows where the VM is, and c2 has never talked to it."""
-    here, switch = testbed.vcenter.places[vm.name], testbed.run.plan.switch
+    """For the next one everybody knows where the VM and c1 are, and c2 has never talked to it."""
+    here, plan = testbed.vcenter.places[vm.name], testbed.run.plan
+    client = plan.clients[0]
+    words = ("experiments.rarp_sender", f"{client.name}-eth0", client.mac, str(client.interface.ip))
+    testbed.start_child("c1-speaks", testbed.popen(client.name), *words).wait(time.monotonic() + _WITHIN_S)
     if testbed.run.options.controller == "learning-switch":
         for side in ("dl_dst", "dl_src"):
-            in_the_world("ovs-ofctl", "-O", "OpenFlow13", "del-flows", switch, f"{side}={vm.mac}")
+            in_the_world("ovs-ofctl", "-O", "OpenFlow13", "del-flows", plan.switch, f"{side}={vm.mac}")
     send_rarp(Scene(testbed, vm.name, here, testbed.vcenter.elsewhere(vm.name)), here)
     time.sleep(_SETTLED_S)
 
 
 def _stolen_ns(pcap: Path, vm: VM) -> list[int]:
-    """When frames of clients for the VM came to mallory, in Unix time."""
+    """When frames of clients for the VM, or its answers, came to mallory; in Unix time."""
     asked = f"eth.dst == {vm.mac} and (udp.dstport == {ECHO_PORT} or icmp.type == 8)"
+    asked = f"({asked}) or (eth.src == {vm.mac} and udp.srcport == {ECHO_PORT})"
     return [epoch_ns(at) for (at,) in fields(pcap / f"{MALLORY}.pcapng", asked, "frame.time_epoch")]
 
 

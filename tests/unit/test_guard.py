@@ -12,6 +12,7 @@ from controller.guard import (
     HOLD_S,
     MACS_OF_A_CLIENT,
     MAX_INTENT_S,
+    NOT_THERE,
     OF_A_VM,
     STILL_THERE,
     TOO_MANY,
@@ -75,7 +76,7 @@ def test_the_plan_says_what_is_behind_a_port() -> None:
     assert policy.place("leaf2-c1") == Place("client", "c1")
     assert policy.place("spine1-leaf2") == Place("trunk", "leaf2")
     assert policy.place("leaf1-nobody").role == "client"
-    assert policy.vms == {VM: "10.0.0.11"}
+    assert (policy.vms, policy.clients) == ({VM: "10.0.0.11"}, {CLIENT: "10.0.0.100"})
     assert policy.switches == {f"{n:016x}": s for n, s in enumerate(("leaf1", "spine1", "spine2", "leaf2"), 1)}
 
 
@@ -170,7 +171,7 @@ def test_two_places_at_once_are_not_believed(story: Story) -> None:
 
 def test_a_lost_port_takes_what_is_held_with_it(story: Story) -> None:
     story.sees(VM, ESX2)
-    story.locations.forget_port(ESX2)
+    assert [reason(d) for d in story.locations.forget_port(ESX2)] == [NOT_THERE]
     assert story.wait(1) == [] and story.at() == ESX1
 
 

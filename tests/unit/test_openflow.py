@@ -137,6 +137,22 @@ def test_an_answer_to_the_prober_goes_to_the_controller_alone(scene: Scene) -> N
 # ---------------------------------------------------------------- guarded
 
 
+def test_while_a_move_is_in_doubt_the_old_place_is_listened_to_and_forwarding_goes_on() -> None:
+    scene = Scene(guarded=True)
+    scene.sees(CLIENT, C1)
+    scene.sees(VM, OLD)
+    before = dict(scene.switch.entries)
+    scene.sees(VM, NEW)
+    assert scene.forward(OLD, ethernet(VM, CLIENT)) == went(C1, reported=True)
+    assert scene.forward(C1, TO_VM) == went(OLD, reported=False)
+    scene.sees(VM, OLD)
+    assert scene.switch.entries == before
+    scene.sees(VM, NEW)
+    for decision in scene.locations.forget_port(Port(S1, NEW)):
+        scene.obey(decision)
+    assert scene.switch.entries == before
+
+
 def test_a_client_that_says_it_is_a_vm_is_told_and_goes_nowhere() -> None:
     scene = Scene(guarded=True)
     assert scene.forward(C1, rarp(VM)) == scene.forward(C1, ethernet(VM, CLIENT)) == went(reported=True)
