@@ -14,7 +14,6 @@ from controller.locations import Decision, Forgotten, Held, Learned, Locations, 
 from controller.network import Network, Port
 from controller.openflow import Flow, FlowMod
 
-
 _STAYS = (STILL_THERE, NOT_THERE)
 
 

@@ -135,7 +135,7 @@ class Laboratory:
 
     def iperf3(self) -> float:
         """TCP payload rate from the first host to the second over the vMotion cable, Mbit/s."""
-        first, second = self.plan.hosts
+        first, second = self.plan.hosts[:2]
         server = self.testbed.popen(second.name)(
             ["iperf3", "--server", "--one-off", "--bind", second.vmotion_port.ip, "--forceflush"],
             stdin=subprocess.DEVNULL,

@@ -36,7 +36,7 @@ _PROCEDURES = {"7": "WRITE", "15": "LINK", "2": "SETATTR", "6": "READ"}  # RFC 1
 def run(run: Run) -> Findings:
     """The life of a VM on two hosts."""
     vm = run.plan.vms[0].name
-    first, second = (host.name for host in run.plan.hosts)
+    first, second = (host.name for host in run.plan.hosts[:2])
     with Testbed(run) as testbed, testbed.capture() as capture:
         vcenter = testbed.vcenter
         report.say(f"{vm} is created on {testbed.where} and powered on, on {first}")

@@ -140,6 +140,13 @@ class Controller:
 
         return wait_until(told, f"{count} x {kind} {fields}: {self.events()}")
 
+    @contextmanager
+    def told_from_now(self) -> Iterator[Callable[[], str]]:
+        """What was written since it was asked last, without reading all of it again."""
+        with open(self._path, encoding="utf-8") as tail:
+            tail.seek(0, os.SEEK_END)
+            yield tail.read
+
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Signal it; the exit status and everything it wrote to stderr."""
         self.process.send_signal(number)
@@ -300,6 +307,17 @@ def test_a_mac_that_moves_twenty_times_is_followed_twenty_times(controller: Cont
         assert_frames_go(VM, client, here, there)
     assert [e["to"] for e in find(controller.events(), "mac.moved")] == [2, 1] * 10
     assert [e["to"] for e in find(controller.events(), "mac.relearned")] == [2, 1] * 10
+
+
+def test_a_thousand_moves_are_a_thousand_events(controller: Controller, machines: Machines) -> None:
+    esx1, esx2, _ = machines.values()
+    learn(esx1, VM)
+    with controller.told_from_now() as lines:
+        for move in range(1000):
+            (esx2, esx1)[move % 2].send(rarp(VM))
+            wait_until(lambda: "mac.relearned" in lines(), "an event for each")
+    for kind in ("mac.moved", "mac.relearned"):
+        assert [e["to"] for e in find(controller.events(), kind)] == [2, 1] * 500
 
 
 def test_an_announcement_repeated_is_one_move(controller: Controller, machines: Machines) -> None:
