@@ -22,9 +22,11 @@ def switch_daemons(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-def mn(folder: Path, typed: str, topo: str = "vmotion", controller: str = "none") -> tuple[int, str]:
+def mn(
+    folder: Path, typed: str, topo: str = "vmotion", controller: str = "none", topology: Path = TOPOLOGY
+) -> tuple[int, str]:
     """Debian's mn with its own Python, as a person calls it: nothing of this project on its path."""
-    words = ["mn", "--custom", os.path.relpath(TOPOLOGY, folder), "--topo", topo, "--controller", controller]
+    words = ["mn", "--custom", os.path.relpath(topology, folder), "--topo", topo, "--controller", controller]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         words, cwd=folder, env=environment, input=typed, capture_output=True, text=True, timeout=120, check=False
@@ -71,3 +73,22 @@ def test_mn_with_our_controller_beside_it_forwards_on_the_vm_network(tmp_path: P
     assert status == 0
     assert all(f"64 bytes from 10.0.0.{host}" in said for host in (1, 2)), said
     assert find(read_events(events), "switch.connected")
+
+
+def test_mn_builds_a_fabric_over_which_our_controller_forwards_without_loops(tmp_path: Path) -> None:
+    """It has no plan here: it finds the trunks by LLDP alone."""
+    events = tmp_path / "events.jsonl"
+    words = [sys.executable, "-m", "controller", "--port", "0", "--events", str(events)]
+    with subprocess.Popen(words, cwd=ROOT) as process:
+        try:
+            eventually(lambda: events.exists() and find(read_events(events), "controller.listening"), "a controller")
+            port = find(read_events(events), "controller.listening")[0]["port"]
+            typed = "esx1 ip addr add 10.0.0.21/24 dev vSwitch0\nsh sleep 3\n"
+            typed += "c1 ping -c3 10.0.0.21\nesx1 ping -c1 50.50.50.4\n"
+            remote = f"remote,ip=127.0.0.1,port={port}"
+            status, said = mn(tmp_path, typed, "fabric,4,2,2", remote, ROOT / "topologies/fabric.py")
+        finally:
+            process.terminate()
+    assert (status, said.count("3 packets transmitted, 3 received"), said.count("1 received")) == (0, 1, 1), said
+    assert "duplicates" not in said
+    assert len(find(read_events(events), "trunk.up")) == 4
