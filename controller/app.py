@@ -317,6 +317,9 @@ class Mobility(App):
             self._send([self._forwarding.remove_port(port)])
         elif switch.ports[port.number] != before:
             self._send([self._name_port(switch, port.number)])
+        if self.network.trunks() and switch.ports.get(port.number) != before:  # somebody may be where nobody was
+            self._flush()
+            self._reroute()
         if not is_down:
             self._discover([switch])
 
@@ -355,6 +358,9 @@ class Mobility(App):
             fields: dict[str, Any] = {"switch": one.switch, "port": one.number}
             fields |= {"other_switch": other.switch, "other_port": other.number}
             self._log.emit("trunk.up" if is_up else "trunk.down", **fields)
+        self._reroute()
+
+    def _reroute(self) -> None:
         first, then = self._forwarding.reroute()
         self._rest[_NETWORK] = then
         self._send(first, partial(self._rerouted, then), at_once=True)

@@ -142,9 +142,12 @@ class Forwarding:
         return steps
 
     def _flood(self, switch: str) -> Flow:
-        tree = self._network.tree()
-        ports = [Port(switch, number) for number in self._ports[switch]]
-        chosen = [port.number for port in ports if port in tree or self._guard.place(port).role != "trunk"]
+        edges = {
+            name: [number for number in numbers if self._guard.place(Port(name, number)).role != "trunk"]
+            for name, numbers in self._ports.items()
+        }
+        tree = self._network.tree({name for name, numbers in edges.items() if numbers})
+        chosen = [*edges[switch], *(port.number for port in tree if port.switch == switch)]
         flood = self._floods[switch] = openflow.flood(chosen)
         return flood
 

@@ -5,7 +5,8 @@ shortest path to the switch where that MAC is; of several, MACs are spread over 
 that one MAC's frames stay in order. A flood goes along one spanning tree: redundant trunks make no loops.
 """
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Collection
 from typing import NamedTuple
 from zlib import crc32
 
@@ -89,8 +90,12 @@ class Network:
         nearer = sorted(n for n, peer in self._peers[switch].items() if distances[peer.switch] < distances[switch])
         return nearer[crc32(mac.encode()) % len(nearer)]
 
-    def tree(self) -> set[Port]:
-        """The ports of trunks over which floods go: a breadth-first tree from the lowest switch of each part."""
+    def tree(self, inhabited: Collection[str] | None = None) -> set[Port]:
+        """The ports of trunks over which floods go: a breadth-first tree from the lowest switch of each part.
+
+        It ends at switches that are `inhabited`, all by default. A flood has nothing to do elsewhere and would do harm:
+        a switch beside the tree's way that knows its receiver would send it on, a second time.
+        """
         found: set[str] = set()
         ports: set[Port] = set()
         for root in sorted(self._peers):
@@ -105,4 +110,13 @@ class Network:
                         found.add(peer.switch)
                         queue.append(peer.switch)
                         ports |= {Port(switch, number), peer}
-        return ports
+        return ports if inhabited is None else self._pruned(ports, inhabited)
+
+    def _pruned(self, tree: set[Port], inhabited: Collection[str]) -> set[Port]:
+        """Without the twigs at whose end nobody is."""
+        while True:
+            degrees = Counter(port.switch for port in tree)
+            twigs = {port for port in tree if degrees[port.switch] == 1 and port.switch not in inhabited}
+            if not twigs:
+                return tree
+            tree = tree - twigs - {peer for port in twigs if (peer := self.peer(port)) is not None}

@@ -81,7 +81,9 @@ def test_mn_builds_a_fabric_over_which_our_controller_forwards_without_loops(tmp
     words = [sys.executable, "-m", "controller", "--port", "0", "--events", str(events)]
     with subprocess.Popen(words, cwd=ROOT) as process:
         try:
-            eventually(lambda: events.exists() and find(read_events(events), "controller.listening"), "a controller")
+            eventually(
+                lambda: events.exists() and bool(find(read_events(events), "controller.listening")), "controller"
+            )
             port = find(read_events(events), "controller.listening")[0]["port"]
             typed = "esx1 ip addr add 10.0.0.21/24 dev vSwitch0\nsh sleep 3\n"
             typed += "c1 ping -c3 10.0.0.21\nesx1 ping -c1 50.50.50.4\n"

@@ -121,7 +121,7 @@ def test_a_freeze_of_300_ms_is_a_silence_of_300_ms_in_its_window_for_every_probe
 
     for kind in KINDS:
         silence = blackout(*arrivals(results, kind), window)
-        assert 295 < silence.length_ms < 1000, kind
+        assert 250 < silence.length_ms < 1000, kind  # what was in flight when it began shortens it
         assert window.suspending_ns - 200 * MS < silence.begin_ns < window.resumed_ns, kind
         assert baseline(*arrivals(results, kind), [window]).length_ms < silence.length_ms, kind
     # what waited in the frozen server's socket is answered late, not lost; its kernel ignored the pings

@@ -37,7 +37,7 @@ def test_whoever_announces_itself_is_found(tmp_path: Path) -> None:
 
 def test_mallory_is_not_believed(tmp_path: Path) -> None:
     summary = passes("mac_spoof", tmp_path / "out", "--only", "mobility")
-    assert [o["stolen"] for o in summary["mac_spoof"]] == [0, 0, 0]
+    assert not any(o["stolen"] for o in summary["mac_spoof"])
     assert summary["alarms"]
 
 

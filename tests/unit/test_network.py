@@ -146,3 +146,25 @@ def test_a_switch_that_is_gone_is_on_no_way(switch: str) -> None:
     network.remove_switch(switch)
     for mac in MACS:
         assert switch not in walk(network, "leaf2", Port("leaf3", 9), mac)
+
+
+@given(networks(), st.sets(st.sampled_from([f"s{number}" for number in range(6)])))
+def test_a_flood_goes_to_switches_where_somebody_is_and_no_further(network: Network, inhabited: set[str]) -> None:
+    tree = network.tree(inhabited)
+    assert tree <= network.tree()
+    ends = [port.switch for port in tree if sum(other.switch == port.switch for other in tree) == 1]
+    assert set(ends) <= inhabited
+    for begin in inhabited & network.switches:
+        found, queue = {begin}, [begin]
+        while queue:
+            here = queue.pop()
+            for port in tree:
+                peer = network.peer(port)
+                if port.switch == here and peer is not None and peer.switch not in found:
+                    found.add(peer.switch)
+                    queue.append(peer.switch)
+        assert reachable(network, begin) & inhabited <= found
+
+
+def test_a_spine_that_the_tree_does_not_need_gets_no_flood() -> None:
+    assert {port.switch for port in fabric(2, 2).tree({"leaf1", "leaf2"})} == {"leaf1", "spine1", "leaf2"}
