@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from topologies.leaf_spine import leaf_spine_toml
+
 ROOT = Path(__file__).parents[2]
 WITHIN_S = 60
 
@@ -61,10 +63,12 @@ def test_a_fabric_forwards_around_what_fails(tmp_path: Path) -> None:
 
 
 def test_a_demo_in_a_fabric_has_the_same_verdict(tmp_path: Path) -> None:
-    done = run("demo", "--plan", "topologies/leaf_spine.toml", "--ram", "64MiB", "--working-set", "8MiB",
-               "--dirty-rate", "5MB/s", "--out", str(tmp_path / "out"))  # fmt: skip
+    plan, out = tmp_path / "plan.toml", tmp_path / "out"
+    plan.write_text(leaf_spine_toml(hosts=2))
+    small = ("--ram", "64MiB", "--working-set", "8MiB", "--dirty-rate", "5MB/s", "--downtime-ms", "300")
+    done = run("demo", "--plan", str(plan), "--out", str(out), *small)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert summary_of(tmp_path / "out")["controller"]["relearn_ms"] is not None
+    assert summary_of(out)["controller"]["relearn_ms"] is not None
 
 
 def test_a_baseline_cannot_forward_over_redundant_trunks() -> None:
