@@ -108,7 +108,7 @@ class Api:
             self._called(name): [self._place(port) for port in switch.cables()]
             for name, switch in self._mobility.switches.items()
         }
-        return {"switches": switches, "trunks": network.trunks(), "tree": sorted(network.tree())}
+        return {"switches": switches, "trunks": network.trunks(), "tree": sorted(self._mobility.forwarding.tree())}
 
     def _intents(self, environ: dict[str, Any]) -> Any:
         if self._verifier is None:

@@ -5,6 +5,7 @@ has heard the other; it is down when one of them has been silent for LOST_AFTER_
 """
 
 import struct
+from collections.abc import Collection
 from typing import NamedTuple
 
 from controller.network import Port
@@ -85,8 +86,11 @@ class Discovery:
         """The port went down or away."""
         return self._drop(port)
 
-    def expire(self, now_s: float) -> list[Change]:
-        """Whoever has not been heard for too long."""
+    def expire(self, now_s: float, away: Collection[str] = ()) -> list[Change]:
+        """Whoever has not been heard for too long. Switches that are `away` can neither be asked nor tell."""
+        for said, at in self._heard:
+            if said.switch in away or at.switch in away:
+                self._heard[said, at] = now_s
         silent = {pair for pair, heard_s in self._heard.items() if now_s - heard_s > LOST_AFTER_S}
         for pair in silent:
             del self._heard[pair]

@@ -20,6 +20,7 @@ A MAC that is known and shows up elsewhere may have moved, or somebody pretends.
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from controller.network import Port
@@ -83,6 +84,7 @@ class Guard:
         self.policy = policy or Policy()
         self.vms = set(self.policy.vms)
         self.intents: dict[str, Intent] = {}
+        self._latest: dict[str, float] = {}  # MAC -> the end of its last intent, used or not
         self._places: dict[Port, Place] = {}
         self._moves: dict[str, deque[float]] = defaultdict(deque)  # MAC -> when it moved unannounced
 
@@ -91,11 +93,13 @@ class Guard:
         return bool(self.policy.places)
 
     def name_port(self, port: Port, name: str) -> None:
-        self._places[port] = self.policy.place(name)
+        if self.is_on:
+            self._places[port] = self.policy.place(name)
 
     def become_trunk(self, port: Port, is_trunk: bool) -> None:
         """Another switch was found behind it, or is not there any more; only where nobody has said what is there."""
-        self._places[port] = Place("trunk" if is_trunk else "any")
+        if not self.is_on:
+            self._places[port] = Place("trunk" if is_trunk else "any")
 
     def place(self, port: Port) -> Place:
         return self._places.get(port) or self.policy.place("")
@@ -106,9 +110,14 @@ class Guard:
             raise ValueError(f"an intent lasts {MAX_INTENT_S:g} s at most")
         for mac in [mac for mac, known in self.intents.items() if known.until_s < now_s]:
             del self.intents[mac]
+        for mac in [mac for mac, until_s in self._latest.items() if until_s < now_s]:
+            del self._latest[mac]
+        if intent.until_s <= self._latest.get(intent.mac, -inf):
+            raise ValueError("it has been told before, or one that is newer has")
         if len(self.intents) >= _MAX_INTENTS and intent.mac not in self.intents:
             raise ValueError(f"there are {_MAX_INTENTS} intents already")
         self.intents[intent.mac] = intent
+        self._latest[intent.mac] = intent.until_s
         self._moves.pop(intent.mac, None)
         is_new = intent.mac not in self.vms
         self.vms.add(intent.mac)

@@ -31,6 +31,7 @@ from typing import Literal, NamedTuple
 
 from controller.guard import CONTESTED, DAMPED, HOLD_S, NOT_THERE, STILL_THERE, Guard
 from controller.network import Port
+from controller.openflow import PROBER
 
 Cause = Literal["rarp", "garp", "frame", "manager"]
 
@@ -40,6 +41,7 @@ _ETHERTYPE_LLDP = b"\x88\xcc"
 _ETHERTYPE_VLAN = b"\x81\x00"
 _ARP_ETHERNET_IPV4 = b"\x00\x01\x08\x00\x06\x04"  # hardware and protocol types, address lengths (RFC 826)
 _NO_MAC = bytes(6)
+_PROBER = bytes.fromhex(PROBER.replace(":", ""))  # it is nowhere: who says so lies
 _NO_IP = bytes(4)
 
 
@@ -60,7 +62,7 @@ def classify(frame: bytes) -> Source | None:
     source, ethertype, payload = frame[6:12], frame[12:14], frame[14:]
     if ethertype == _ETHERTYPE_VLAN:
         ethertype, payload = frame[16:18], frame[18:]
-    if len(ethertype) < 2 or ethertype == _ETHERTYPE_LLDP or source[0] & 1 or source == _NO_MAC:
+    if len(ethertype) < 2 or ethertype == _ETHERTYPE_LLDP or source[0] & 1 or source in (_NO_MAC, _PROBER):
         return None
     mac = source.hex(":")
     if ethertype == _ETHERTYPE_RARP:
@@ -107,13 +109,14 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A MAC was seen where it cannot be; `reason` of controller/guard.py."""
+    """A MAC was seen where it cannot be; `reason` of controller/guard.py. `was_held`: it stays where it was."""
 
     mac: str
     at: Port
     cause: Cause
     time_ns: int
     reason: str
+    was_held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +158,7 @@ class Locations:
             return None
         if old == at:  # 3
             held = self._held.pop(mac, None)
-            return Refused(mac, held.new, held.cause, time_ns, STILL_THERE) if held else None
+            return Refused(mac, held.new, held.cause, time_ns, STILL_THERE, was_held=True) if held else None
         reason = guard.objection(mac, at, len(self._there[at])) if guard.is_on and cause != "manager" else ""
         if reason:
             return Refused(mac, at, cause, time_ns, reason)
@@ -175,12 +178,26 @@ class Locations:
         self._held[mac] = Held(mac, old, at, cause, time_ns)
         return self._held[mac]
 
-    def expire(self, time_ns: int) -> list[Moved]:
-        """Those that were held, and whose old place has been silent (4c)."""
+    def expire(self, time_ns: int) -> list[Moved | Refused]:
+        """Those that were held, and whose old place has been silent for long enough (4c)."""
         due = [held for held in self._held.values() if time_ns - held.time_ns >= HOLD_S * 1e9]
-        for held in due:
-            self._put(held.mac, held.new)
-        return [Moved(held.mac, held.old, held.new, held.cause, time_ns) for held in due]
+        return [decision for held in due if (decision := self.believe(held, time_ns)) is not None]
+
+    def believe(self, held: Held, time_ns: int) -> Moved | Refused | None:
+        """Its old place has been silent; None if it has been decided already. What is known may be more than then."""
+        if self._held.get(held.mac) is not held:
+            return None
+        reason = self.guard.objection(held.mac, held.new, len(self._there[held.new]))
+        if reason:
+            del self._held[held.mac]
+            return Refused(held.mac, held.new, held.cause, time_ns, reason, was_held=True)
+        self._put(held.mac, held.new)
+        return Moved(held.mac, held.old, held.new, held.cause, time_ns)
+
+    def ports(self, switch: str) -> set[Port]:
+        """Of a switch, those where MACs are, or are held for."""
+        ports = [*self._at.values(), *(held.new for held in self._held.values())]
+        return {port for port in ports if port.switch == switch}
 
     def forget_port(self, port: Port) -> list[Forgotten | Refused]:
         """A port went down or away, or turned out to be a trunk (step 5); what is held for it is not there either."""
@@ -191,7 +208,7 @@ class Locations:
         vain = [held for held in self._held.values() if held.new == port]
         for held in vain:
             del self._held[held.mac]
-        refused = [Refused(held.mac, port, held.cause, held.time_ns, NOT_THERE) for held in vain]
+        refused = [Refused(held.mac, port, held.cause, held.time_ns, NOT_THERE, was_held=True) for held in vain]
         return [*(Forgotten(mac, port) for mac in lost), *refused]
 
     def forget(self, mac: str) -> Forgotten:

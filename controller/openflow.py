@@ -4,17 +4,21 @@ Four tables, so that a switch forwards every frame by itself and the controller 
 
         0 PORTS: what came from where?        1 GUARD: a client may not be     2 SOURCES: who sent it?
       +----------------------------------+    +-------------------------+    +-------------------------------+
-      | 300  LLDP          -> controller |    | 200  told already       |    | 250  quarantined port, RARP   |
-      | 200  from a trunk  -> 3          |    |        -> nowhere       |    |        -> nowhere             |
-      | 200  from a client -> 1          |    | 100  eth_src is a VM's  |    | 200  RARP -> controller and 3 |
-      |   0  else          -> 2          |    |        -> controller    |    | 100  in_port and eth_src      |
-      +----------------------------------+    |   0  else -> 2          |    |        known -> 3             |
-        3 DESTINATIONS: where to?             +-------------------------+    |  50  quarantined port         |
+      | 300  LLDP of a trunk             |    | 200  told already       |    | 250  quarantined port, RARP   |
+      |                    -> controller |    |        -> nowhere       |    |        -> nowhere             |
+      | 250  LLDP          -> nowhere    |    | 100  eth_src is a VM's  |    | 200  RARP -> controller and 3 |
+      | 200  from a trunk  -> 3          |    |        -> controller    |    | 100  in_port and eth_src      |
+      | 200  from a client -> 1          |    |   0  else -> 2          |    |        known -> 3             |
+      |   0  else          -> 2          |    +-------------------------+    |  50  quarantined port         |
       +----------------------------------+                                   |        -> nowhere             |
-      | 100  eth_dst known -> its port   |                                   |   0  else -> controller and 3 |
-      | 100  the prober    -> controller |                                   +-------------------------------+
+        3 DESTINATIONS: where to?                                            |   0  else -> controller and 3 |
+      +----------------------------------+                                   +-------------------------------+
+      | 100  eth_dst known -> its port   |
+      | 100  the prober    -> controller |
       |   0  else -> flood               |
       +----------------------------------+
+
+Where nobody has said which ports are trunks, every port's LLDP goes to the controller.
 
 A known source at its known port costs the controller nothing; the same source at any other port misses and is
 reported with its first frame. An RARP is reported whatever the table knows. A flood leaves through the ports that its
@@ -82,10 +86,10 @@ CLEAR = FlowMod("clear", Flow(_ALL_TABLES, 0))  # every entry, whosever
 # ---------------------------------------------------------------- entries
 
 
-def always() -> list[Flow]:
+def always(*, trunks_are_known: bool) -> list[Flow]:
     """The entries of every switch."""
     return [
-        Flow(PORTS, 300, Match(eth_type=ETHERTYPE_LLDP), ("controller",)),
+        Flow(PORTS, 250, Match(eth_type=ETHERTYPE_LLDP), () if trunks_are_known else ("controller",)),
         Flow(PORTS, 0, goto=SOURCES),
         Flow(GUARD, 0, goto=SOURCES),
         Flow(SOURCES, 200, Match(eth_type=ETHERTYPE_RARP), ("controller",), DESTINATIONS),
@@ -98,8 +102,17 @@ def flood(ports: Iterable[Output]) -> Flow:
     return Flow(DESTINATIONS, 0, Match(), tuple(sorted(ports, key=int)))
 
 
-def from_trunk(port: int) -> Flow:
-    return Flow(PORTS, 200, Match(in_port=port), goto=DESTINATIONS)
+def from_trunk(port: int) -> list[Flow]:
+    return [
+        Flow(PORTS, 300, Match(in_port=port, eth_type=ETHERTYPE_LLDP), ("controller",)),
+        Flow(PORTS, 200, Match(in_port=port), goto=DESTINATIONS),
+    ]
+
+
+def trunks_of(flows: Iterable[Flow]) -> set[int]:
+    """The ports that these entries say are trunks."""
+    ports = {flow.match.in_port for flow in flows if flow.table == PORTS and flow.goto == DESTINATIONS}
+    return {port for port in ports if port is not None}
 
 
 def from_client(port: int) -> Flow:
@@ -111,8 +124,13 @@ def guarded(mac: str) -> Flow:
     return Flow(GUARD, 100, Match(eth_src=mac), ("controller",))
 
 
-def known_source(mac: str, port: int) -> Flow:
-    return Flow(SOURCES, 100, Match(in_port=port, eth_src=mac), goto=DESTINATIONS)
+def known_source(mac: str, port: int, output: tuple[Output, ...] = ()) -> Flow:
+    return Flow(SOURCES, 100, Match(in_port=port, eth_src=mac), output, DESTINATIONS)
+
+
+def listened_to(mac: str, port: int) -> Flow:
+    """A known source each of whose frames is told, from a quarantined port, too."""
+    return known_source(mac, port, ("controller",))
 
 
 def destination(mac: str, port: int) -> Flow:
@@ -182,6 +200,11 @@ def encode(change: FlowMod, xid: int) -> bytes:
     )
     body += _encoded_match(flow.match) + (_encoded_instructions(flow) if change.command == "add" else b"")
     return _HEADER.pack(_VERSION, _FLOW_MOD, _HEADER.size + len(body), xid) + body
+
+
+def is_change(message: bytes) -> bool:
+    """Whether a message that a switch has refused was to change its entries, by its first bytes."""
+    return message[1:2] in (bytes([_FLOW_MOD]), bytes([_EXPERIMENTER]))
 
 
 def barrier(xid: int) -> bytes:

@@ -52,6 +52,10 @@ App = _app_manager.RyuApp if BACKEND == "ryu" else _app_manager.OSKenApp
 OPENFLOW_1_3 = _module("ofproto.ofproto_v1_3").OFP_VERSION
 set_ev_cls = _handler.set_ev_cls
 spawn, sleep = hub.spawn, hub.sleep
+# A switch whose connection is silent for 9 to 12 s is taken for lost; the framework's default is never.
+_CONF = _module("cfg").CONF
+_CONF.set_override("echo_request_interval", 3.0)
+_CONF.set_override("maximum_unreplied_echo_requests", 3)
 MAIN_DISPATCHER, DEAD_DISPATCHER = _handler.MAIN_DISPATCHER, _handler.DEAD_DISPATCHER
 
 

@@ -27,7 +27,9 @@ class Switch:
             warnings.simplefilter("ignore")  # these are not kept up to date, and that is known
             ports = dict(datapath.ports)
         self.ports = {number: port.name.decode() for number, port in ports.items() if is_cable(number)}
+        self.down = {number for number, port in ports.items() if is_down(port, datapath.ofproto)}
         self.is_synced = False
+        self.refused = False  # a change; it is known no more what its tables say
         self._bundles = 0
         self._confirmed: dict[int, Callable[[], None]] = {}  # xid of a barrier -> what it was for
         self._dumps: dict[int, tuple[list[FlowStats], Reply]] = {}  # by xid
@@ -100,6 +102,11 @@ class Switch:
         self.datapath.xid = (self.datapath.xid + 1) & self.datapath.ofproto.MAX_XID
         xid: int = self.datapath.xid
         return xid
+
+
+def is_down(port: Any, ofp: Any) -> bool:
+    """Of a port as the switch describes it."""
+    return bool(port.state & ofp.OFPPS_LINK_DOWN or port.config & ofp.OFPPC_PORT_DOWN)
 
 
 def is_cable(number: int) -> bool:

@@ -20,8 +20,7 @@ knows; arp.src.proto_ipv4 == 0.0.0.0, its question to the VMs where they are; th
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from experiments import report
@@ -29,6 +28,7 @@ from experiments.cli import script
 from experiments.echo import EchoResult
 from experiments.gaps import silences
 from experiments.one_probe import OneProbe
+from experiments.outages import Outage
 from experiments.run import Run
 from experiments.sdn_view import ask
 from experiments.testbed import Testbed
@@ -44,7 +44,10 @@ _WITHIN_S = 15.0
 
 @dataclass(frozen=True)
 class Act:
-    """`healed_ms`: from the controller's return to an answer of the VM; 0 if it was never gone."""
+    """`healed_ms`: from the moment when there is a controller again to an answer of the VM; 0 if it was never gone.
+
+    In it is how long the switch takes to ask again: it tries once a second.
+    """
 
     name: str
     longest_silence_ms: float
@@ -90,7 +93,7 @@ def _act(testbed: Testbed, vm: VM, name: str, play: Callable[[Testbed, VM], int]
 
 
 def _nothing_moves(testbed: Testbed, vm: VM) -> int:
-    with _without_controller(testbed):
+    with Outage(testbed):
         time.sleep(_AWAY_S)
     return 0  # nobody has missed it
 
@@ -99,27 +102,17 @@ def _killed_in_the_rounds(testbed: Testbed, vm: VM) -> int:
     begun = len(find(read_events(testbed.run.events_file), "round.begin"))
     task = testbed.vcenter.start_migration(vm.name, testbed.vcenter.elsewhere(vm.name))
     until(lambda: len(find(read_events(testbed.run.events_file), "round.begin")) > begun, "the rounds begin", _WITHIN_S)
-    with _without_controller(testbed):
+    with Outage(testbed) as outage:
         task.wait()
         time.sleep(_AWAY_S)
-    return time.monotonic_ns()
+    return outage.back_ns
 
 
 def _switch_loses_it(testbed: Testbed, vm: VM) -> int:
-    """Its management cable is pulled, as it were."""
-    switch = testbed.run.plan.switch
-    connections = len(find(read_events(testbed.run.events_file), "switch.connected"))
-    before = in_the_world("ovs-vsctl", "get-controller", switch).strip()
-    in_the_world("ovs-vsctl", "set-controller", switch, "tcp:127.0.0.1:1")
-    testbed.vcenter.migrate(vm.name, testbed.vcenter.elsewhere(vm.name))
-    time.sleep(_AWAY_S)
-    in_the_world("ovs-vsctl", "set-controller", switch, before)
-    until(
-        lambda: len(find(read_events(testbed.run.events_file), "switch.connected")) > connections,
-        f"{switch} is back",
-        _WITHIN_S,
-    )
-    return time.monotonic_ns()
+    with Outage(testbed, testbed.run.plan.switch) as outage:
+        testbed.vcenter.migrate(vm.name, testbed.vcenter.elsewhere(vm.name))
+        time.sleep(_AWAY_S)
+    return outage.back_ns
 
 
 def _two_quick_moves(testbed: Testbed, vm: VM) -> int:
@@ -134,19 +127,6 @@ _ACTS: dict[str, Callable[[Testbed, VM], int]] = {
     "switch loses it": _switch_loses_it,
     "two quick moves": _two_quick_moves,
 }
-
-
-@contextmanager
-def _without_controller(testbed: Testbed) -> Iterator[None]:
-    testbed.kill_controller()
-    yield
-    connections = len(find(read_events(testbed.run.events_file), "switch.connected"))
-    testbed.start_controller()
-    until(
-        lambda: len(find(read_events(testbed.run.events_file), "switch.connected")) > connections,
-        "the switch finds its controller again",
-        _WITHIN_S,
-    )
 
 
 # ---------------------------------------------------------------- what the switch's entries have to say

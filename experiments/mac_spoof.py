@@ -79,7 +79,7 @@ class Outcome:
 
 
 def run(run: Run) -> Findings:
-    """Three attacks on three controllers; what ours says of them."""
+    """Each attack on each controller; what ours says of them."""
     outcomes: list[Outcome] = []
     told: dict[str, list[Event]] = {}
     compared = run.options.only or COMPARED

@@ -80,6 +80,15 @@ def test_a_trunk_is_down_when_one_end_has_been_silent_too_long() -> None:
     assert found.hear(B1, A1, 100.0) == [], "the other one has not been heard since"
 
 
+def test_a_switch_that_is_away_is_not_taken_for_silent() -> None:
+    found = Discovery()
+    found.hear(A1, B1, 0.0)
+    found.hear(B1, A1, 0.0)
+    assert found.expire(50.0, {B1.switch}) == []
+    assert found.expire(50.0 + LOST_AFTER_S) == [], "it has as long again once it is back"
+    assert found.expire(50.1 + LOST_AFTER_S) == [down(A1, B1)]
+
+
 def test_a_port_that_goes_down_takes_its_trunk_and_no_other() -> None:
     found = Discovery()
     for one, other in ((A1, B1), (A2, B2)):

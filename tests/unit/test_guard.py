@@ -41,15 +41,18 @@ class Story:
         for port, name in ((ESX1, "s1-esx1"), (ESX2, "s1-esx2"), (C1, "s1-c1"), (UNKNOWN, "s1-x")):
             guard.name_port(port, name)
         self.guard, self.locations, self.now_ns = guard, Locations(guard), 0
+        self.intents = 0
 
     def sees(self, mac: str, at: Port, after_s: float = 0.001) -> Decision | None:
         self.now_ns += int(after_s * SECOND)
         return self.locations.place(mac, at, "rarp", self.now_ns)
 
     def intend(self, to: str, for_s: float = 60.0) -> bool:
-        return self.guard.intend(Intent(VM, "esx1", to, self.now_ns / SECOND + for_s), self.now_ns / SECOND)
+        self.intents += 1  # two of the same moment differ by their microseconds
+        until_s = self.now_ns / SECOND + for_s + self.intents / 1e6
+        return self.guard.intend(Intent(VM, "esx1", to, until_s), self.now_ns / SECOND)
 
-    def wait(self, seconds: float) -> list[Moved]:
+    def wait(self, seconds: float) -> list[Moved | Refused]:
         self.now_ns += int(seconds * SECOND)
         return self.locations.expire(self.now_ns)
 
@@ -130,9 +133,35 @@ def test_an_announcement_does_not_open_a_clients_port(story: Story) -> None:
 
 
 def test_a_new_vm_is_one_from_its_first_announcement_on(story: Story) -> None:
-    new = Intent(STRANGER, "", "esx1", 60)
-    assert story.guard.intend(new, 0) and not story.guard.intend(new, 0)
+    assert story.guard.intend(Intent(STRANGER, "", "esx1", 60), 0)
+    assert not story.guard.intend(Intent(STRANGER, "", "esx1", 61), 0)
     assert reason(story.sees(STRANGER, C1)) == OF_A_VM
+
+
+def test_an_announcement_is_not_taken_twice_nor_after_a_newer_one(story: Story) -> None:
+    first, second = (Intent(VM, "esx1", to, until_s) for to, until_s in (("esx2", 60.0), ("esx1", 61.0)))
+    story.guard.intend(first, 0)
+    assert isinstance(story.sees(VM, ESX2), Moved)
+    with pytest.raises(ValueError, match="told before"):
+        story.guard.intend(first, 1)
+    story.guard.intend(second, 1)
+    with pytest.raises(ValueError, match="told before"):
+        story.guard.intend(first, 2)
+
+
+def test_a_mac_that_becomes_a_vms_while_it_is_held_for_a_client_stays(story: Story) -> None:
+    story.sees(STRANGER, ESX1)
+    assert isinstance(story.sees(STRANGER, C1), Held)
+    story.guard.intend(Intent(STRANGER, "", "esx1", 60), 0)
+    assert [reason(decision) for decision in story.wait(HOLD_S)] == [OF_A_VM]
+    assert story.at(STRANGER) == ESX1
+
+
+def test_a_move_that_is_decided_already_is_not_decided_again(story: Story) -> None:
+    held = story.sees(VM, ESX2)
+    assert isinstance(held, Held)
+    story.sees(VM, ESX1)
+    assert story.locations.believe(held, story.now_ns) is None and story.at() == ESX1
 
 
 def test_an_announcement_lasts_an_hour_at_most(story: Story) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from controller.guard import Guard
 from controller.locations import Decision, Forgotten, Learned, Locations, Moved, Source, classify
 from controller.network import Port
+from controller.openflow import PROBER
 
 MAC = "00:50:56:00:00:01"
 IP, OTHER_IP, NO_IP = bytes((10, 0, 0, 11)), bytes((10, 0, 0, 100)), bytes(4)
@@ -58,6 +59,7 @@ def test_a_frame_is_classified_by_its_source_and_what_it_announces(frame: bytes,
         (ethernet("ff:ff:ff:ff:ff:ff"), "a broadcast source"),
         (ethernet("00:00:00:00:00:00"), "no source"),
         (ethernet(MAC, "01:80:c2:00:00:0e", 0x88CC), "LLDP"),
+        (ethernet(PROBER), "whoever says that it is the controller's prober"),
     ],
 )
 def test_a_frame_that_names_no_machine_has_no_source(frame: bytes, why: str) -> None:

