@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import ROOT, SMALL
 
 from topologies.leaf_spine import leaf_spine_toml
 
-ROOT = Path(__file__).parents[2]
 WITHIN_S = 60
 
 
@@ -32,13 +32,13 @@ def passes(experiment: str, out: Path, *options: str) -> dict[str, Any]:
 
 
 def test_whoever_announces_itself_is_found(tmp_path: Path) -> None:
-    outcomes = passes("announcements", tmp_path / "out", "--only", "mobility")["announcements"]
+    outcomes = passes("announcements", tmp_path / "out", "--only", "mobility", *SMALL)["announcements"]
     assert len(outcomes) == 8
     assert (tmp_path / "out/announcements.png").stat().st_size > 10_000
 
 
 def test_mallory_is_not_believed(tmp_path: Path) -> None:
-    summary = passes("mac_spoof", tmp_path / "out", "--only", "mobility")
+    summary = passes("mac_spoof", tmp_path / "out", "--only", "mobility", *SMALL)
     assert not any(o["stolen"] for o in summary["mac_spoof"])
     assert summary["alarms"]
 
@@ -46,9 +46,9 @@ def test_mallory_is_not_believed(tmp_path: Path) -> None:
 def test_all_kinds_of_switches_are_compared(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--long"):
         pytest.skip("the long form only")
-    spoofed = passes("mac_spoof", tmp_path / "spoof")["mac_spoof"]
+    spoofed = passes("mac_spoof", tmp_path / "spoof", *SMALL)["mac_spoof"]
     assert {o["controller"] for o in spoofed if o["stolen"]} == {"learning-switch", "standalone"}
-    announced = passes("announcements", tmp_path / "announce")["announcements"]
+    announced = passes("announcements", tmp_path / "announce", *SMALL)["announcements"]
     assert {o["controller"] for o in announced} >= {"mobility", "learning-switch", "standalone"}
 
 
@@ -58,15 +58,14 @@ def test_the_network_goes_on_without_its_controller_and_is_healed_by_another(tmp
 
 
 def test_a_fabric_forwards_around_what_fails(tmp_path: Path) -> None:
-    acts = passes("fabric_failover", tmp_path / "out")["fabric_failover"]
+    acts = passes("fabric_failover", tmp_path / "out", *SMALL)["fabric_failover"]
     assert not any(act["duplicated"] for act in acts)
 
 
 def test_a_demo_in_a_fabric_has_the_same_verdict(tmp_path: Path) -> None:
     plan, out = tmp_path / "plan.toml", tmp_path / "out"
     plan.write_text(leaf_spine_toml(hosts=2))
-    small = ("--ram", "64MiB", "--working-set", "8MiB", "--dirty-rate", "5MB/s", "--downtime-ms", "300")
-    done = run("demo", "--plan", str(plan), "--out", str(out), *small)
+    done = run("demo", "--plan", str(plan), "--out", str(out), *SMALL, "--downtime-ms", "300")
     assert done.returncode == 0, done.stdout + done.stderr
     assert summary_of(out)["controller"]["relearn_ms"] is not None
 
@@ -78,7 +77,7 @@ def test_a_baseline_cannot_forward_over_redundant_trunks() -> None:
 
 
 def test_while_a_run_is_under_way_another_terminal_sees_what_its_controller_knows() -> None:
-    words = [str(ROOT / "vmotion"), "demo"]
+    words = [str(ROOT / "vmotion"), "demo", *SMALL]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as under_way:
         told = until_told("locations", "--json")
         locations = {place["node"]: place for place in json.loads(told)}

@@ -38,7 +38,7 @@ def test_shared_storage_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_host_failure(tmp_path: Path) -> None:
-    figures = passes(tmp_path, "host_failure")
+    figures = passes(tmp_path, "host_failure", *SMALL)
     assert figures["overlap_ms"] == 0
     assert figures["late_writes_refused"] != 0
 
