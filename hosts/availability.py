@@ -17,6 +17,7 @@ import time
 from hosts import control
 from hosts.control import AgentClient, ControlError
 from hosts.vcenter import VCenter
+from topologies.errors import TestbedError
 
 ASK_EVERY_S = 0.5
 SUSPECT_AFTER_S = 1.5
@@ -86,7 +87,7 @@ class Availability:
         try:
             reply = self._vcenter.restart(vm, there)
             self._events.emit("ha.restarted", vm=vm, host=there, instead_of=dead, generation=reply["generation"])
-        except ControlError as error:
+        except TestbedError as error:  # it may have been unregistered meanwhile, too
             said = self._vcenter.find(vm)  # it may have left its host before that died
             self._events.emit("ha.refused", vm=vm, host=there, reason=f"{error}; {said}")
         finally:
