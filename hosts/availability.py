@@ -6,13 +6,14 @@
 1.  Every host is asked for its status, again and again. One that has not answered for SUSPECT_AFTER_S is suspected.
 2.  Another host is told to restart each of its VMs. It does so only once the VM's lease has run out, by its own watch
     (hosts/ownership.py), so it does no harm to suspect a host that lives: its VMs' pulses go on, and that is that.
-3.  A VM that was refused is tried again as long as its host does not answer.
+3.  A VM that was refused is tried again, on the next host, as long as its own does not answer.
 
 A host that cannot reach its storage stops its VMs by itself, before anybody else may have them. Off unless asked for.
 """
 
 import threading
 import time
+from collections import Counter
 
 from hosts import control
 from hosts.control import AgentClient, ControlError
@@ -30,8 +31,9 @@ class Availability:
     def __init__(self, vcenter: VCenter) -> None:
         self._vcenter, self._events = vcenter, vcenter.events
         self._closed = threading.Event()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the two below
         self._restarting: set[str] = set()
+        self._refusals: Counter[str] = Counter()  # of each VM: after each it is the next host's turn
         self._heard_s = {host.name: time.monotonic() for host in vcenter.plan.hosts}
         self._threads = [
             threading.Thread(target=self._watch, args=(host.name,), name=f"ha-{host.name}", daemon=True)
@@ -73,14 +75,15 @@ class Availability:
             client.close()
 
     def _rescue_from(self, host: str) -> None:
-        there = next((name for name in self._heard_s if name != host and not self.suspects(name)), None)
-        if there is None:
+        others = [name for name in self._heard_s if name != host and not self.suspects(name)]
+        if not others:
             return
         for vm in [vm for vm, place in list(self._vcenter.places.items()) if place == host]:
             with self._lock:
                 if vm in self._restarting:
                     continue
                 self._restarting.add(vm)
+                there = others[self._refusals[vm] % len(others)]
             threading.Thread(target=self._restart, args=(vm, host, there), name=f"ha-{vm}", daemon=True).start()
 
     def _restart(self, vm: str, dead: str, there: str) -> None:
@@ -88,6 +91,8 @@ class Availability:
             reply = self._vcenter.restart(vm, there)
             self._events.emit("ha.restarted", vm=vm, host=there, instead_of=dead, generation=reply["generation"])
         except TestbedError as error:  # it may have been unregistered meanwhile, too
+            with self._lock:
+                self._refusals[vm] += 1
             said = self._vcenter.find(vm)  # it may have left its host before that died
             self._events.emit("ha.refused", vm=vm, host=there, reason=f"{error}; {said}")
         finally:

@@ -78,3 +78,19 @@ def test_a_vm_that_was_unregistered_meanwhile_is_told_of_and_holds_up_no_other(
         eventually(lambda: agents.happened("ha.refused", vm="vm1"), "word of it")
         eventually(lambda: agents.places.get("vm2") == "esx2", "restart of the other")
     assert not ended
+
+
+def test_a_host_that_refuses_a_vm_is_followed_by_the_next(agents: Agents) -> None:
+    agents.refused = {"esx2"}
+    with Availability(agents):
+        eventually(lambda: set(agents.places.values()) == {"esx3"}, "restarts")
+    assert [host for vm, host in agents.asked if vm == "vm1"] == ["esx2", "esx3"]
+
+
+def test_a_vm_that_every_host_refuses_is_tried_again_on_each(agents: Agents) -> None:
+    agents.refused = {"esx2", "esx3"}
+    with Availability(agents):
+        eventually(lambda: len(agents.asked) >= 8, "refusals")
+        agents.refused = set()
+        eventually(lambda: "esx1" not in agents.places.values(), "restarts")
+    assert [host for vm, host in agents.asked if vm == "vm1"][:4] == ["esx2", "esx3"] * 2
