@@ -87,14 +87,16 @@ class Availability:
             threading.Thread(target=self._restart, args=(vm, host, there), name=f"ha-{vm}", daemon=True).start()
 
     def _restart(self, vm: str, dead: str, there: str) -> None:
+        refused: TestbedError | None = None
         try:
             reply = self._vcenter.restart(vm, there)
             self._events.emit("ha.restarted", vm=vm, host=there, instead_of=dead, generation=reply["generation"])
         except TestbedError as error:  # it may have been unregistered meanwhile, too
-            with self._lock:
-                self._refusals[vm] += 1
-            said = self._vcenter.find(vm)  # it may have left its host before that died
-            self._events.emit("ha.refused", vm=vm, host=there, reason=f"{error}; {said}")
+            refused = error
         finally:
             with self._lock:
                 self._restarting.discard(vm)
+                self._refusals[vm] += refused is not None
+        if refused is not None:  # the next host is not kept waiting for one that is silent
+            said = self._vcenter.find(vm)  # it may have left its host before that died
+            self._events.emit("ha.refused", vm=vm, host=there, reason=f"{refused}; {said}")

@@ -11,7 +11,7 @@ import ssl
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
@@ -26,6 +26,8 @@ _MAX_LINE_BYTES = 1 << 20
 _HANDSHAKE_TIMEOUT_S = 5.0
 # An agent reports at least every round; the longest silence is filling the RAM of a large VM.
 ANSWER_WITHIN_S = 180.0
+# What it knows by heart it says at once, or it is gone: a connection to a host without power looks open
+_STATUS_WITHIN_S = 5.0
 _UNHEARD_TIMEOUT_S = 10.0
 
 
@@ -43,6 +45,8 @@ VmName = Annotated[str, msgspec.Meta(pattern=rf"\A{NAME_PATTERN}\Z")]
 
 class Request(msgspec.Struct, tag=True, frozen=True):
     """Base of all requests."""
+
+    answer_within_s: ClassVar[float] = ANSWER_WITHIN_S
 
 
 class Create(Request, frozen=True):
@@ -130,6 +134,8 @@ class Status(Request, frozen=True):
     "dead", or "stalled": it stands still until its datastore, which has been silent for so long, gives it a lease;
     migrations under way here: {migration: {"role": "source" or "destination", "progress": the latest or None}}.
     """
+
+    answer_within_s: ClassVar[float] = _STATUS_WITHIN_S
 
 
 class Owner(Request, frozen=True):
@@ -299,7 +305,6 @@ class AgentClient:
             self._socket = context.wrap_socket(plain, server_hostname=ip)
         except OSError as error:
             raise AgentGone(f"host {host}: its agent at {ip} cannot be reached: {error}") from error
-        self._socket.settimeout(self._answer_within_s)
         self._lines = self._socket.makefile("rb")
         self.broken = False
 
@@ -310,6 +315,7 @@ class AgentClient:
         """
         self.broken = True
         try:
+            self._socket.settimeout(min(self._answer_within_s, request.answer_within_s))
             self._socket.sendall(msgspec.json.encode(request) + b"\n")
             while line := self._lines.readline():
                 match _answers.decode(line):
@@ -331,7 +337,6 @@ class AgentClient:
         try:
             self._socket.recv(1)  # the end, or a word that nobody asked for
         except ssl.SSLWantReadError:
-            self._socket.settimeout(self._answer_within_s)
             return True
         except OSError:
             return False

@@ -94,3 +94,11 @@ def test_a_vm_that_every_host_refuses_is_tried_again_on_each(agents: Agents) -> 
         agents.refused = set()
         eventually(lambda: "esx1" not in agents.places.values(), "restarts")
     assert [host for vm, host in agents.asked if vm == "vm1"][:4] == ["esx2", "esx3"] * 2
+
+
+def test_a_host_that_says_nothing_when_it_is_asked_about_a_vm_holds_up_no_further_try(agents: Agents) -> None:
+    silent, agents.refused = threading.Event(), {"esx2"}
+    agents.find = lambda vm: str(silent.wait(60))  # type: ignore[method-assign]
+    with Availability(agents):
+        eventually(lambda: set(agents.places.values()) == {"esx3"}, "restarts", 10)
+    silent.set()
