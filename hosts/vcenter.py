@@ -129,7 +129,8 @@ class VCenter:
         where = host or self.places.get(vm) or self.homes[vm]
         self.plan.host(where)
         self._expect(vm, self.places.get(vm, ""), where)
-        reply: dict[str, Any] = self._call(where, control.PowerOn(vm, self.announce, self.schedule_ms))
+        order = control.PowerOn(vm, self.announce, self.schedule_ms)
+        reply: dict[str, Any] = self._power(vm, where, order)
         self.places[vm] = self.homes[vm] = where
         return reply
 
@@ -147,8 +148,16 @@ class VCenter:
 
     def power_off(self, vm: str) -> None:
         self.homes[vm] = self._place(vm)
-        self._call(self.homes[vm], control.PowerOff(vm))
+        self._power(vm, self.homes[vm], control.PowerOff(vm))
         del self.places[vm]
+
+    def _power(self, vm: str, host: str, order: control.PowerOn | control.PowerOff) -> Any:
+        """An order that fails may have been carried out all the same, or halfway: then the inventory is corrected."""
+        try:
+            return self._call(host, order)
+        except ControlError:
+            self.find(vm)
+            raise
 
     # ------------------------------------------------------------ migrations
 

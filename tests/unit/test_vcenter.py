@@ -115,19 +115,36 @@ def test_a_host_whose_answer_to_a_preparation_is_lost_is_told_to_forget_it(tmp_p
 
 
 class Agents:
-    """They do what they are told; `refused` are kinds of orders that they refuse, and `said` what they heard."""
+    """They do what they are told; `refused` are kinds of orders that they refuse, and `said` which they heard.
+
+    `lost`: kinds of which the answer is lost. `owner`: where vm1 runs by the datastore's word.
+    """
 
     def __init__(self, tmp_path: Path) -> None:
         self.said: list[tuple[str, str]] = []
         self.refused: set[str] = set()
+        self.lost: set[str] = set()
+        self.owner = ""
         self.vcenter = Scripted(tmp_path, self.answer)
         del self.vcenter.places["vm1"]
 
     def answer(self, host: str, request: control.Request) -> Any:
         kind = type(request).__name__
+        match request:
+            case control.Status():
+                return status({"vm1": "running"} if host == self.owner else {})
+            case control.Owner():
+                return {"host": self.owner, "running": self.owner != ""}
         self.said.append((host, kind))
         if kind in self.refused:
             raise ControlError("no")
+        match request:
+            case control.PowerOn() | control.Restart():
+                self.owner = host
+            case control.PowerOff():
+                self.owner = ""
+        if kind in self.lost:
+            raise AgentGone("its agent is gone")
         if isinstance(request, control.Register):
             return msgspec.to_builtins(replace(read_plan().vm("vm1"), name=request.vm, host=host, ram=2**24))
         return {"generation": 1}
@@ -171,6 +188,24 @@ def test_a_power_off_that_is_refused_leaves_the_vm_in_its_place(agents: Agents) 
     with pytest.raises(ControlError):
         agents.vcenter.power_off("vm1")
     assert agents.vcenter.places == {"vm1": "esx1"}
+
+
+def test_a_vm_whose_power_on_was_not_answered_is_where_it_runs(agents: Agents) -> None:
+    agents.lost = {"PowerOn"}
+    with pytest.raises(AgentGone):
+        agents.vcenter.power_on("vm1", "esx2")
+    assert agents.vcenter.places == {"vm1": "esx2"}
+    agents.vcenter.power_off("vm1")
+    assert agents.said[-1] == ("esx2", "PowerOff")
+
+
+def test_a_vm_whose_power_off_was_not_answered_is_off(agents: Agents) -> None:
+    agents.vcenter.power_on("vm1")
+    agents.lost = {"PowerOff"}
+    with pytest.raises(AgentGone):
+        agents.vcenter.power_off("vm1")
+    agents.vcenter.unregister("vm1")
+    assert agents.vcenter.places == {}
 
 
 def test_a_vm_that_no_plan_has_is_registered_from_its_files(agents: Agents) -> None:
