@@ -5,6 +5,7 @@
 It is written by a thread of the agent's, over a connection of its own: a datastore that is slow holds up nobody.
 """
 
+import contextlib
 import os
 import queue
 import re
@@ -51,14 +52,14 @@ class VmLog:
             vm, line = entry
             try:
                 if not line:
-                    if vm in logs:
-                        logs.pop(vm).file.close()
+                    _forget(logs, vm)
                     _rotate(store, vm)
                     continue
                 log = logs[vm] = logs.get(vm) or _open(store, f"/{vm}/vmware.log")
                 log.file.write(log.size, line.encode())
                 log.size += len(line.encode())
             except OSError as error:
+                _forget(logs, vm)  # it may be another file by now, and nobody knows how long it is
                 self._complain(f"VM {vm}: vmware.log lacks {line.strip() or 'its new beginning'!r}: {error}")
         store.close()
 
@@ -74,6 +75,12 @@ def _open(store: Store, path: str) -> _Log:
         return _Log(store.open(path), store.attributes(path).size)
     except FileNotFoundError:
         return _Log(store.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), 0)
+
+
+def _forget(logs: dict[str, _Log], vm: str) -> None:
+    if vm in logs:
+        with contextlib.suppress(OSError):
+            logs.pop(vm).file.close()
 
 
 def _short(value: Any) -> str:

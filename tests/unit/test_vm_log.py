@@ -101,9 +101,8 @@ def test_files_with_other_names_are_none_of_its_logs(log: VmLog, tmp_path: Path)
     assert others < logs(tmp_path)
 
 
-def test_a_store_that_fails_costs_the_lines_of_that_time_and_is_complained_of(
-    tmp_path: Path, complaints: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UnsureStore:
     (tmp_path / "vm1").mkdir()
     store = UnsureStore(tmp_path)
 
@@ -111,6 +110,12 @@ def test_a_store_that_fails_costs_the_lines_of_that_time_and_is_complained_of(
         return store
 
     monkeypatch.setattr(hosts.vm_log, "open_store", open_store)
+    return store
+
+
+def test_a_store_that_fails_costs_the_lines_of_that_time_and_is_complained_of(
+    store: UnsureStore, tmp_path: Path, complaints: list[str]
+) -> None:
     store.mishaps["write"] = [lambda: None, OSError(errno.ENOSPC, "full"), "lost"]
     with closing(VmLog("nfs://nowhere", "esx1", complaints.append)) as log:
         for number in range(5):
@@ -119,6 +124,46 @@ def test_a_store_that_fails_costs_the_lines_of_that_time_and_is_complained_of(
     assert len(complaints) == 2
     for number, complaint in enumerate(complaints, 1):
         assert re.match(rf"VM vm1: vmware.log lacks '.*\| esx1\| line number={number}': ", complaint)
+
+
+def test_a_log_that_somebody_has_deleted_is_followed_by_a_new_one(
+    store: UnsureStore, tmp_path: Path, complaints: list[str]
+) -> None:
+    def deleted() -> None:
+        (tmp_path / "vm1/vmware.log").unlink()
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    store.mishaps["write"] = [lambda: None, deleted]
+    with closing(VmLog("nfs://nowhere", "esx1", complaints.append)) as log:
+        for number in range(4):
+            log.add("vm1", "line", {"number": number})
+    assert said(tmp_path) == ["line number=2", "line number=3"]
+    assert len(complaints) == 1
+
+
+def test_a_line_that_was_written_without_an_answer_stays(
+    store: UnsureStore, tmp_path: Path, complaints: list[str]
+) -> None:
+    store.mishaps["write"] = ["unheard"]
+    with closing(VmLog("nfs://nowhere", "esx1", complaints.append)) as log:
+        log.add("vm1", "line", {"number": 0})
+        log.add("vm1", "line", {"number": 1})
+    assert said(tmp_path) == ["line number=0", "line number=1"]
+
+
+def test_a_log_that_cannot_be_closed_is_an_old_one_all_the_same(
+    store: UnsureStore, tmp_path: Path, complaints: list[str]
+) -> None:
+    store.mishaps["close"] = [lambda: None, "unheard"]
+    with closing(VmLog("nfs://nowhere", "esx1", complaints.append)) as log:
+        for number in range(3):
+            log.begin("vm1")
+            log.add("vm1", "line", {"number": number})
+    assert [said(tmp_path, name) for name in ("vmware-1.log", "vmware-2.log", "vmware.log")] == [
+        ["line number=0"],
+        ["line number=1"],
+        ["line number=2"],
+    ]
 
 
 def test_a_vm_whose_folder_is_gone_is_complained_of(log: VmLog, complaints: list[str]) -> None:
