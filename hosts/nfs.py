@@ -98,7 +98,6 @@ _PROTOTYPES: dict[str, tuple[Any, Sequence[Any]]] = {
         "close": (_pointer,),
         "pread": (_pointer, _u64, _u64),
         "pwrite": (_pointer, _u64, _u64, _pointer),
-        "fsync": (_pointer,),
         "ftruncate": (_pointer, _u64),
         "fstat64": (_pointer,),
         "stat64": (_text,),
@@ -176,9 +175,9 @@ class Mount:
 
     def write_new(self, path: str, content: bytes, mode: int = 0o640) -> None:
         """A file that does not exist yet, on stable storage; FileExistsError."""
-        with self.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode) as file:
+        # not a WRITE and a COMMIT: of a server that restarts between them nobody would learn that it has lost the WRITE
+        with self.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_SYNC, mode) as file:
             file.write(0, content)
-            file.sync()
 
     def attributes(self, path: str) -> Attributes:
         found: Attributes = self._call("stat64", path.encode(), take=_attributes)
@@ -351,7 +350,7 @@ class File:
         return bytes(content)
 
     def write(self, offset: int, content: bytes) -> None:
-        """All of it; on stable storage after `sync`, or if the file was opened with O_SYNC."""
+        """All of it, and on stable storage if the file was opened with O_SYNC."""
         done = 0
         while done < len(content):
             piece = content[done : done + _CHUNK_BYTES]
@@ -365,9 +364,6 @@ class File:
         if owner == uid:
             return error
         return PermissionError(errno.EACCES, f"{self.path} belongs to user {owner}, not to {uid}")
-
-    def sync(self) -> None:
-        self._call("fsync")
 
     def truncate(self, length: int) -> None:
         self._call("ftruncate", length)

@@ -116,7 +116,6 @@ def test_what_one_host_writes_the_other_reads(on: Start, nas: Nas) -> None:
         m.write_new("/vm1/vm1.vmx", b"hello")
         with m.open("/vm1/vm1.vmx") as file:
             file.write(5, b" world" * 400_000)
-            file.sync()
             print(file.attributes().size)
     """
     assert outcome(on("esx1", writer)) == str(5 + 6 * 400_000)
