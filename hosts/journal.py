@@ -170,8 +170,9 @@ def format_disk(disk_bytes: int) -> list[tuple[int, bytes]]:
 def recover(ledger: Ledger, read: Callable[[int, int], bytes], disk_bytes: int) -> Recovered:
     """Bring a ledger to what the disk says; `read` takes an offset and a size, of 1 MiB at most.
 
-    All that is read counts as durable, so it has to be: flush the disk first. Of a disk that is not whole in a way
-    that no crash explains, JournalError.
+    All that is read counts as durable: whoever writes to a disk writes to stable storage (hosts/vmx_process.py). What
+    its writer did not live to see answered may show a moment before it is there, and would be lost if the storage's own
+    machine crashed just then. Of a disk that is not whole in a way that no crash explains, JournalError.
     """
     sectors = _ring_sectors(disk_bytes)
     if ledger.capacity < SECTOR_RECORDS:
