@@ -39,7 +39,9 @@ from hosts.vm_files import disk_path
 from topologies.errors import TestbedError
 from topologies.events import EventLog
 
-_CALL_TIMEOUT_S = 1.0  # of a call to the datastore: half a lease is left for the next
+# Of a call to the datastore. A pulse is sent half a second after the last one; if it is not answered, another half is
+# left of the lease (RUN_S) for the next, which follows at once.
+_CALL_TIMEOUT_S = 1.0
 _CLAIM_PATIENCE_S = 5.0  # with a claim that is not answered; then the newest generation is looked at again
 _AGAIN_AFTER_S = 0.1  # a write that was refused, or found no room
 
@@ -167,6 +169,7 @@ class Vmx:
                 if lease is None:
                     self._own.clear()
                     continue
+            began_s = time.monotonic()
             try:
                 if keeper is None or keeper.claim.generation != lease.generation:
                     if keeper is not None:
@@ -179,7 +182,7 @@ class Vmx:
                     self.emit("fence.mended", generation=lease.generation)
             except (OSError, DatastoreError, OwnerUnknown) as error:
                 self._not_answered(lease, error)
-            time.sleep(PULSE_EVERY_S)
+            time.sleep(max(0.0, began_s + PULSE_EVERY_S - time.monotonic()))
 
     def _pulse(self, keeper: Keeper, lease: Lease) -> None:
         sent_s = time.monotonic()

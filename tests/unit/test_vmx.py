@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from hosts.disk_channel import Disk, socket_pair
 from hosts.gate import Gate, Messages
 from hosts.lease_page import LeasePage
 from hosts.ownership import Lease
+from hosts.store import StoreSilent
 from hosts.vmx_process import Vmx
 from topologies.events import EventLog, find, read_events
 
@@ -153,6 +155,22 @@ def test_a_write_that_is_refused_is_told_once_and_tried_until_it_is_done(scene: 
     assert scene.disk.read(512, 7) == b"content"
     assert len(find(read_events(scene.events_file), kind, vm="vm1")) == 1
     assert not scene.page.full
+
+
+def test_one_pulse_without_an_answer_costs_no_lease(scene: Scene) -> None:
+    """It is given up after a second; what is left of the lease is for the next one."""
+
+    def silence() -> None:
+        time.sleep(hosts.vmx_process._CALL_TIMEOUT_S)
+        raise StoreSilent(errno.ETIMEDOUT, "no answer")
+
+    scene.own(1)
+    scene.keep()
+    eventually(lambda: scene.pulse() >= 1, "pulse")
+    scene.store.mishaps["write"] = [silence]
+    eventually(lambda: scene.happened("datastore.answers"), "pulse after it")
+    assert scene.page.lasts
+    assert scene.datastore.newest_generation("vm1") == 1
 
 
 def test_a_keeper_that_cannot_take_over_at_once_does_so_later_and_closes_what_it_had_once(scene: Scene) -> None:
