@@ -87,6 +87,11 @@ class Restart(Request, frozen=True):
 
 
 class PowerOff(Request, frozen=True):
+    """Shut a VM down and say on its datastore that it is off; one that has failed halfway can be repeated.
+
+    Replies {"generation", "orderly"}: whether it was shut down, and its nvram saved.
+    """
+
     vm: VmName
 
 

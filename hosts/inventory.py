@@ -78,12 +78,19 @@ class Inventory:
         newest = self.site.datastore.newest(vm)
         return newest is not None and newest.running and newest.host == self.host
 
+    def was_ours(self, vm: str) -> bool:
+        """It is ours, or it is off and we were the last to have it."""
+        newest = self.site.datastore.newest(vm)
+        return newest is not None and newest.host == self.host
+
     def release(self, vm: str) -> int:
         """Say on the datastore that a VM of ours is off, so that it can be powered on anywhere; by which generation."""
         while True:
             newest = self.site.datastore.newest(vm)
-            if newest is None or not newest.running or newest.host != self.host:
+            if newest is None or newest.host != self.host:
                 raise HostError(f"VM {vm} was off, but it is not {self.host}'s any more")
+            if not newest.running:  # said before, by a claim without an answer
+                return newest.generation
             if self.site.datastore.claim(vm, newest.generation + 1, self.host, running=False):
                 return newest.generation + 1
 

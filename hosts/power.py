@@ -88,26 +88,26 @@ class Power:
     def off(self, order: control.PowerOff) -> dict[str, Any]:
         vm, inventory = order.vm, self._inventory
         with inventory.reserved(vm):
-            nvram = b""
-            if vm in inventory.machines or not inventory.is_ours(vm):  # else a power-off has failed halfway
+            orderly = False
+            if vm in inventory.machines or not inventory.was_ours(vm):  # else a power-off has failed halfway
                 machine = inventory.machine(vm)
-                nvram = _shut_down(machine)
+                orderly = self._shut_down(machine)
                 del inventory.machines[vm]
                 machine.dismantle()
             generation = inventory.release(vm)
-            if nvram:
-                with inventory.files(vm):
-                    self._site.folder_of(vm).save_nvram(nvram)
-            self._site.events.emit("vm.powered_off", vm=vm, generation=generation, orderly=bool(nvram))
-        return {"generation": generation, "orderly": bool(nvram)}
+            self._site.events.emit("vm.powered_off", vm=vm, generation=generation, orderly=orderly)
+        return {"generation": generation, "orderly": orderly}
 
-
-def _shut_down(machine: Machine) -> bytes:
-    """Its nvram; empty if it could not be asked. What it has acknowledged is on its disk in any case."""
-    try:
-        machine.emit("vm.shutting_down", generation=machine.generation)
-        machine.hold()
-        return machine.guest.shut_down()
-    except TestbedError as error:
-        say(f"VM {machine.vm.name} is powered off without having been shut down: {error}")
-        return b""
+    def _shut_down(self, machine: Machine) -> bool:
+        """Whether it could be, and its nvram be saved. What it has acknowledged is on its disk in any case."""
+        vm = machine.vm.name
+        try:
+            machine.emit("vm.shutting_down", generation=machine.generation)
+            machine.hold()
+            nvram = machine.guest.shut_down()
+            with self._inventory.files(vm):  # while it is ours: later it could replace a newer one
+                self._site.folder_of(vm).save_nvram(nvram)
+        except TestbedError as error:
+            say(f"VM {vm} is powered off without having been shut down in order: {error}")
+            return False
+        return True
