@@ -116,7 +116,7 @@ class Agent:
         with ExitStack() as undo:
             self._inventory.reserve(vm.name)
             undo.callback(self._inventory.free, vm.name)
-            if vm.name in self._inventory.machines:
+            if vm.name in self._inventory.machines or newest.host == self.name:  # it may wait for its adoption
                 raise HostError(f"VM {vm.name} is here already")
             draft = self.site.datastore.draft(vm.name, newest.generation + 1, self.name)
             if draft is None:

@@ -2,6 +2,8 @@
 
 import threading
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 from hosts.adoption import adopt, settle
 from hosts.guest import GuestEnded
@@ -26,12 +28,9 @@ class Caretaker:
         self._closed.set()
 
     def adopt_all(self) -> None:
-        """Every guest that is on this host, each as the datastore tells."""
+        """Every guest that is on this host, each as the datastore tells; `look_after` tries again what fails."""
         for home in sorted(home for home in self._guests.iterdir() if home.suffix != SUFFIX):
-            try:
-                self.adopt(home.name)
-            except TestbedError as error:  # it stays as it is; a PowerOn tries again
-                say(f"VM {home.name} cannot be adopted: {error}")
+            self._try(home.name, self.adopt, home.name)
 
     def adopt(self, vm: str) -> None:
         """If its guest is on this host and not in the inventory."""
@@ -47,15 +46,32 @@ class Caretaker:
             machines[vm] = machine
 
     def look_after(self) -> None:
-        """For ever: a VM whose guest has ended and that is another's is taken away; one that waits for word gets it."""
+        """For ever: a VM whose guest has ended and that is another's is taken away; one that waits for word gets it.
+
+        A guest that could not be adopted when this agent started is adopted.
+        """
         while not self._closed.wait(_LOOK_EVERY_S):
             for vm, machine in list(self._inventory.machines.items()):
-                try:
-                    self._look_at(vm, machine)
-                except TestbedError as error:  # busy, or no word yet
-                    self._say_once(vm, str(error))
-                except Exception:  # a bug of ours with one VM must not be the end of it for all
-                    say(traceback.format_exc())
+                self._try(vm, self._look_at, vm, machine)
+            for vm in self._left():
+                self._try(vm, self._adopt_late, vm)
+
+    def _try(self, vm: str, work: Callable[..., None], *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except TestbedError as error:  # busy, or no word yet
+            self._say_once(vm, str(error))
+        except Exception:  # a bug of ours with one VM must not be the end of it for all
+            say(traceback.format_exc())
+
+    def _left(self) -> list[str]:
+        """VMs with a guest on this host that nobody has to do with."""
+        inventory, names = self._inventory, [home.name for home in self._guests.iterdir() if not home.suffix]
+        return [vm for vm in names if vm not in inventory.machines and not inventory.is_busy(vm)]
+
+    def _adopt_late(self, vm: str) -> None:
+        with self._inventory.reserved(vm):
+            self.adopt(vm)
 
     def _look_at(self, vm: str, machine: Machine) -> None:
         inventory = self._inventory

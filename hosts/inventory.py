@@ -44,6 +44,9 @@ class Inventory:
         """With or without the lock."""
         self._busy.discard(vm)
 
+    def is_busy(self, vm: str) -> bool:
+        return vm in self._busy
+
     def machine(self, vm: str) -> Machine:
         """The VM that is here; HostError if it is not, or waits for word whose it is."""
         if vm not in self.machines:

@@ -89,6 +89,7 @@ class Power:
         vm, inventory = order.vm, self._inventory
         with inventory.reserved(vm):
             orderly = False
+            self._caretaker.adopt(vm)  # what lives must not be taken for what has ended
             if vm in inventory.machines or not inventory.was_ours(vm):  # else a power-off has failed halfway
                 machine = inventory.machine(vm)
                 orderly = self._shut_down(machine)

@@ -97,6 +97,19 @@ def test_while_the_nas_is_silent_every_order_ends_and_says_why(testbed: Testbed)
         heal()
 
 
+def test_a_vm_whose_agent_starts_while_the_nas_is_silent_is_adopted_when_it_answers(testbed: Testbed) -> None:
+    host, before = here(testbed), testbed.vcenter.status()[here(testbed)]["vms"]["vm1"]
+    heal = injuries.hide_datastore(Scene(testbed, "vm1", host, elsewhere(testbed)))
+    try:
+        testbed.kill_agent(host)
+        testbed.restart_agent(host)
+        assert "vm1" not in testbed.vcenter.status()[host]["vms"]
+    finally:
+        heal()
+    eventually(lambda: "vm1" in testbed.vcenter.status()[host]["vms"], "adoption")
+    assert testbed.vcenter.status()[host]["vms"]["vm1"]["pid"] == before["pid"]
+
+
 # ---------------------------------------------------------------- what cannot be
 
 

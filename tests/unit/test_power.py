@@ -1,20 +1,30 @@
-"""Power-offs that fail halfway, with a guest that does as it is told and a datastore that does not always answer."""
+"""Power-offs that fail halfway, and guests that could not be adopted: a datastore that does not always answer."""
 
 import errno
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fakes import UnsureStore
+from programs import eventually
 from stores import make_vm
 
+import hosts.caretaker
 from hosts import control
+from hosts.agent import Agent
 from hosts.caretaker import Caretaker
-from hosts.datastore import Datastore, OwnerUnknown
+from hosts.datastore import Datastore, DatastoreSilent, OwnerUnknown
 from hosts.inventory import HostError, Inventory
 from hosts.power import Power
 from hosts.vm_folder import VmFolder
+from topologies.errors import TestbedError
+from topologies.plan import read_plan
 
 
 class Host:
@@ -27,15 +37,16 @@ class Host:
         assert self.datastore.claim("vm1", 1, "esx1")
         self.done: list[str] = []
         (folder / "guests").mkdir()
-        self.site: Any = SimpleNamespace(
-            host=SimpleNamespace(name="esx1"),
+        site: Any = SimpleNamespace(
+            host=read_plan().host("esx1"),
             where="nfs://nowhere",
             datastore=self.datastore,
             folder_of=lambda vm: VmFolder(self.store, vm),
             guests=folder / "guests",
             events=SimpleNamespace(emit=lambda kind, **fields: self.done.append(kind)),
         )
-        self.inventory = Inventory(self.site)
+        self.site = site
+        self.inventory = Inventory(site)
         self.caretaker = Caretaker(self.inventory)
         self.power = Power(self.inventory, self.caretaker)
         self.inventory.machines["vm1"] = self.machine()
@@ -56,6 +67,36 @@ class Host:
             emit=lambda kind, **fields: self.done.append(kind),
         )
 
+    def is_impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It asks the datastore no more than once."""
+        claim = self.datastore.claim
+        monkeypatch.setattr(self.datastore, "claim", partial(claim, patience_s=0))
+
+    def left_behind(self, monkeypatch: pytest.MonkeyPatch, *mishaps: TestbedError) -> None:
+        """Its agent is a new one, and finds the guest; what may come of that, before it succeeds."""
+        machine, tries = self.inventory.machines.pop("vm1"), list(mishaps)
+
+        def adopt(site: Any, home: Path) -> Any:
+            assert home == self.site.guests / "vm1"
+            if tries:
+                raise tries.pop(0)
+            self.done.append("adopted")
+            return machine
+
+        monkeypatch.setattr(hosts.caretaker, "adopt", adopt)
+        (self.site.guests / "vm1").touch()
+        (self.site.guests / "vm1.vmx").touch()
+
+    @contextmanager
+    def looked_after(self) -> Iterator[None]:
+        looking = threading.Thread(target=self.caretaker.look_after)
+        looking.start()
+        try:
+            yield
+        finally:
+            self.caretaker.close()
+            looking.join()
+
     def off(self) -> dict[str, Any]:
         return self.power.off(control.PowerOff("vm1"))
 
@@ -67,7 +108,8 @@ class Host:
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Host:
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    monkeypatch.setattr(hosts.caretaker, "_LOOK_EVERY_S", 0.02)
     return Host(tmp_path)
 
 
@@ -83,8 +125,7 @@ def test_a_vm_is_shut_down_and_its_nvram_saved_before_another_host_may_have_it(h
 def test_a_power_off_whose_word_was_heard_and_not_answered_can_be_repeated(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claim = host.datastore.claim
-    monkeypatch.setattr(host.datastore, "claim", lambda *order, **words: claim(*order, **words, patience_s=0))
+    host.is_impatient(monkeypatch)
     host.store.mishaps["chown"] = ["lost"]
     with pytest.raises(OwnerUnknown):
         host.off()
@@ -94,8 +135,7 @@ def test_a_power_off_whose_word_was_heard_and_not_answered_can_be_repeated(
 
 
 def test_a_power_off_whose_word_was_lost_can_be_repeated(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    claim = host.datastore.claim
-    monkeypatch.setattr(host.datastore, "claim", lambda *order, **words: claim(*order, **words, patience_s=0))
+    host.is_impatient(monkeypatch)
     host.store.mishaps["link"] = ["lost"]
     with pytest.raises(OwnerUnknown):
         host.off()
@@ -114,3 +154,50 @@ def test_a_vm_that_another_host_was_the_last_to_have_is_not_powered_off_here(hos
         assert host.datastore.claim("vm1", generation, "esx2", running=running)
         with pytest.raises(HostError, match="VM vm1 is not on esx1"):
             host.off()
+
+
+# ---------------------------------------------------------------- guests that wait for their adoption
+
+
+def test_a_guest_that_could_not_be_adopted_when_its_agent_started_is_adopted_later(
+    host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host.left_behind(monkeypatch, *[DatastoreSilent("no answer")] * 5)
+    host.caretaker.adopt_all()
+    assert "vm1" not in host.inventory.machines
+    with host.looked_after():
+        eventually(lambda: "vm1" in host.inventory.machines, "adoption")
+    assert host.done == ["adopted"]
+    assert capsys.readouterr().err.count("VM vm1 waits: no answer") == 1
+
+
+def test_a_guest_that_is_just_coming_or_going_is_left_alone(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.left_behind(monkeypatch)
+    (host.site.guests / "vm2.incomplete").touch()  # post-copy: its RAM is still coming
+    with host.inventory.reserved("vm1"), host.inventory.reserved("vm2"), host.looked_after():
+        time.sleep(0.2)
+    assert host.done == [] and not host.inventory.machines
+
+
+def test_a_guest_that_lives_is_shut_down_even_if_nobody_had_adopted_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.left_behind(monkeypatch, DatastoreSilent("no answer"))
+    with pytest.raises(DatastoreSilent):
+        host.off()
+    assert host.newest == (1, True), "it runs"
+    assert host.off() == {"generation": 2, "orderly": True}
+    assert host.done == ["adopted", "vm.shutting_down", "shut down", "dismantled", "vm.powered_off"]
+
+
+def test_a_vm_does_not_move_to_where_it_runs_and_waits_for_its_adoption(
+    host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Making ready would end its vmx."""
+    host.left_behind(monkeypatch)
+    control.issue_certificates(tmp_path, {"esx1": ["127.0.0.1"]})
+    agent = Agent(host.site, read_plan(), tmp_path)
+    with pytest.raises(HostError, match="VM vm1 is here already"):
+        agent.handle(control.Prepare("vm1", "vm1-0badcafe", "rarp", ()), lambda content: None)
+    assert host.store.names("/vm1").count(".lck-vm1.1") == 1
+    assert not [name for name in host.store.names("/vm1") if name.startswith(".draft")]
