@@ -122,7 +122,8 @@ class OutgoingMigration:
         self._connect = connect
         self._generation = machine.generation + 1  # the one that decides who runs the VM
         self._cancelled = threading.Event()
-        self._claiming = threading.Lock()  # of the two below: a cancel claims in a thread of its own
+        self._claiming = threading.Lock()  # of the three below: a cancel claims in a thread of its own
+        self._asked = False  # for that generation, by a cancel
         self._lease: Lease | None = None  # of that generation, if we have claimed it ourselves
         self._settled = False
         self._streams: list[Stream] = []  # the first is the main one
@@ -144,6 +145,7 @@ class OutgoingMigration:
         """For a cancel: the next generation is ours, and the destination can never have it. Not once all is settled."""
         with self._claiming:
             if self._lease is None and not self._settled:
+                self._asked = True
                 self._lease = self._claim()
             return self._lease is not None
 
@@ -410,6 +412,8 @@ class OutgoingMigration:
             session.step("claim")
         else:
             self._give_up(error)
+            if self._asked:  # a claim without an answer may still show, and to our vmx it is another's
+                self._claim_back()
         if self._server is not None:
             self._server.close()
         said, troubles = self._said(error), []

@@ -94,11 +94,12 @@ class Host(NamedTuple):
 
 
 class File(NamedTuple):
-    """Of a generation."""
+    """Of a generation. `vmx`: the host's vmx has claimed it, and not its agent."""
 
     host: int
     nonce: int
     pulse: int
+    vmx: bool = False
 
 
 class Message(NamedTuple):
@@ -108,6 +109,7 @@ class Message(NamedTuple):
     generation: int
     host: int = 0
     number: int = 0
+    vmx: bool = False
 
 
 class State(NamedTuple):
@@ -153,6 +155,7 @@ class Rules:
     abort_unanswered: bool = False  # a destination says ABORT when its LINK has no answer
     resume_what_is_found: bool = False  # an agent lets a suspended guest run without a claim
     forget_when_overtaken: bool = False  # an owner that is overtaken while it is held has no lease, not a lapsed one
+    hear_after_claim: bool = False  # a source that has asked for the generation goes by an ABORT all the same
     discard_undecided: bool = False  # a destination without an answer to its LINK goes by a generation before it
     stamped: bool = False  # a look sees that a lock file was written, even with the same content (needless: none is)
 
@@ -258,7 +261,7 @@ class Model:
     def _claims(self, state: State, at: int, host: Host, claim: Claim) -> Iterator[Successor]:
         match claim.step:
             case Step.LINK.name if claim.generation <= self.generations:
-                after = self.deliver(state, Message("LINK", claim.generation, at, claim.nonce))
+                after = self.deliver(state, Message("LINK", claim.generation, at, claim.nonce, host.guest == "stalled"))
                 nonce = after.files[claim.generation - 1].nonce
                 linked = self.linked(claim, 0 if self.rules.unlinked_is_lost and after is state else nonce)
                 what = f"LINK {claim.generation}"
@@ -364,7 +367,7 @@ class Model:
         if host.guest not in ("runs", "stalled"):  # held
             kept = None if self.rules.forget_when_overtaken else self._lapsed(host.lease.generation)
             return _with(state, at, host._replace(lease=kept, call=None))
-        if state.files[-1].host == at and newest > host.lease.generation:
+        if state.files[-1].host == at and state.files[-1].vmx and newest > host.lease.generation:
             return _with(state, at, Host("stalled", self._lapsed(newest)))
         return _with(state, at, _NOTHING)  # _end_fenced
 
@@ -433,7 +436,7 @@ class Model:
     def _claim_back(self, state: State, at: int, host: Host) -> State:
         if self.rules.resume_on_silence:
             return self._go_on(state, at, host)
-        return self._begin(state, at, host.decides, word=_DEAF)
+        return self._begin(state, at, host.decides, word=host.word if self.rules.hear_after_claim else _DEAF)
 
     def _settles(self, state: State, at: int, host: Host) -> Iterator[Successor]:
         newest, owner = len(state.files), NAMES[state.files[-1].host]
@@ -500,7 +503,8 @@ class Model:
         yield "", state
         claim = host.claim
         if claim is not None and claim.step == Step.LINK.name and claim.generation <= self.generations:
-            for late in self._leave(state, Message("LINK", claim.generation, at), self.world.late):
+            link = Message("LINK", claim.generation, at, vmx=host.guest == "stalled")
+            for late in self._leave(state, link, self.world.late):
                 yield f", LINK {claim.generation} is on its way", late
 
     def _unanswered(self, state: State, at: int, host: Host) -> Iterator[Successor]:
@@ -519,7 +523,7 @@ class Model:
         files, generation = state.files, message.generation
         match message.kind:
             case "LINK" if generation == len(files) + 1:
-                return state._replace(files=(*files, File(message.host, message.number, 0)))
+                return state._replace(files=(*files, File(message.host, message.number, 0, message.vmx)))
             case "PULSE" if generation == len(files):
                 pulse = _fresh(state) if self.rules.stamped else message.number
                 return state._replace(files=(*files[:-1], files[-1]._replace(pulse=pulse)))
@@ -589,7 +593,9 @@ class Model:
         names = []
         for generation, file in enumerate(files, 1):
             nonce = file.nonce if (generation, file.nonce) in nonces else 0
-            names.append(File(file.host if generation == newest else 0, nonce, 0))
+            lease = hosts[file.host].lease
+            vmx = generation == newest and file.vmx and lease is not None and lease.generation < newest
+            names.append(File(file.host if generation == newest else 0, nonce, 0, vmx))
         user, owned = (state.user, state.owned) if self.world.disk else (0, 0)
         return State(tuple(tidied), tuple(names), user, owned, late)
 

@@ -152,6 +152,9 @@ MUTATIONS = {
     "a destination without an answer to its LINK goes by the generation before": Mutation(
         ORDERED_ALONE, "nobody has the VM", Rules(discard_undecided=True)
     ),
+    "a source that has asked for the generation goes by an ABORT all the same": Mutation(
+        ORDERED_ALONE, "nobody has the VM", Rules(hear_after_claim=True)
+    ),
     "an owner that is overtaken in a switchover forgets that it was one": Mutation(
         PUNCTUAL, "does not run again", Rules(forget_when_overtaken=True)
     ),

@@ -1,5 +1,6 @@
 """An outgoing migration against a scripted destination: what is decided in the last moments before the VM is away."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,6 +214,35 @@ def test_a_claim_that_was_ours_without_an_answer_brings_the_vm_back_without_a_le
         assert leases[1] is None, "a generation has one winner"
         owned.assert_called_once_with(Lease.lapsed(2))
         assert moving.guest.calls == ["hold", "suspend", "open gate", "run"]
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_cancel_whose_claim_was_not_answered_is_settled_before_the_vm_runs_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: bool
+) -> None:
+    """Whatever the destination says: to the vmx that claim is another's, and if it showed later the guest would end."""
+
+    def cancel_and_abort(stream: Stream) -> None:
+        time.sleep(0.2)  # the source waits for a word by then
+        with pytest.raises(OwnerUnknown):
+            moving.migration.cancel()
+        stream.abort("RAM differs")
+
+    with scene(tmp_path, cancel_and_abort) as moving:
+        claim, asked = moving.datastore.claim, []
+
+        def unheard(*order: Any, **patience: Any) -> Lease | None:
+            asked.append(order)
+            lease = claim(*order, **patience) if heard or len(asked) > 1 else None
+            if len(asked) == 1:
+                raise OwnerUnknown("no answer")
+            return lease
+
+        monkeypatch.setattr(moving.datastore, "claim", unheard)
+        with pytest.raises(MigrationFailed, match="VM vm1 runs again on esx1: cancelled"):
+            moving.migration.run("token")
+        assert moving.guest.calls == ["hold", "suspend", "own 2", "open gate", "run"]
+        assert moving.owner == (2, "esx1")
 
 
 def test_a_vm_that_another_host_has_claimed_has_left_though_nobody_says_so(tmp_path: Path) -> None:
