@@ -232,9 +232,7 @@ class Vmx:
                 return
             if self.held:  # the destination of a migration, or an order of our agent's: if it is not, GoOn will show
                 self.lease = Lease.lapsed(lease.generation)
-            elif (
-                newest.nonce in self._drafted
-            ):  # a claim of ours whose answer was lost; an agent's is for another guest
+            elif newest.nonce in self._drafted:  # our own, whose answer was lost; an agent's is for another guest
                 self.lease = Lease.lapsed(newest.generation)
                 self.page.generation = newest.generation
             else:

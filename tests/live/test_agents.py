@@ -210,7 +210,8 @@ def test_a_source_restarted_after_the_claim_does_not_resume_the_vm(testbed: Test
         testbed.vcenter.go_on(destination)
         fails_saying(task, f"VM vm1 is on {destination}: running")
     assert here(testbed) == destination
-    assert vm(testbed)["generation"] == before["generation"] + 1
+    # one more if the lease lapsed meanwhile: a restart takes as long as Python to start, on a busy machine 2 s
+    assert vm(testbed)["generation"] - before["generation"] in (1, 2)
     assert guest_pids() == {vm(testbed)["pid"]}
     assert events(testbed, "vm.discarded", source=source)[-1]["state"] == "suspended"
 
