@@ -74,7 +74,7 @@ _ALARM_EVERY_S = 1.0
 _SETTLE_WITHIN_S = 10.0  # a switch that has lost its controller asks for it every 8 s at least (Open vSwitch)
 _AGAIN_AFTER_S = 5.0  # what a switch has refused
 _LATE_S = 2 * discovery.EVERY_S
-_HOLD_PATIENCE_NS = 10**9  # with a switch that is to say that it has told all
+_HOLD_AT_MOST_S = 1.0  # a switch may not say that it has told all
 _NETWORK = "the network"  # in the place of a MAC
 
 
@@ -407,7 +407,7 @@ class Mobility(App):
                 if self._rest.get(waiting) is rest:
                     self._send_rest(waiting)
             waited, before_s = dict(self._rest), now_s
-            for decision in self.locations.expire(time.monotonic_ns() - _HOLD_PATIENCE_NS):
+            for decision in self.locations.expire(time.monotonic_ns(), _HOLD_AT_MOST_S):
                 self._carry_out(decision)
             sleep(discovery.EVERY_S)
 

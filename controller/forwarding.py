@@ -82,9 +82,10 @@ class Forwarding:
             flows += self._of_port(Port(switch, number))
         flows += [openflow.guarded(mac) for mac in sorted(self._guard.vms)] if self._guard.is_on else []
         ways = self._ways[switch] = {} if self.is_settled else self._ways[switch]
+        held = self._locations.held()
         for mac, at in self._locations.all().items():
             if at.switch == switch:
-                flows.append(openflow.known_source(mac, at.number))
+                flows.append((openflow.listened_to if mac in held else openflow.known_source)(mac, at.number))
             way = self._network.way(switch, at, mac)
             if way is not None:
                 ways[mac] = way

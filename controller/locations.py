@@ -178,9 +178,9 @@ class Locations:
         self._held[mac] = Held(mac, old, at, cause, time_ns)
         return self._held[mac]
 
-    def expire(self, time_ns: int) -> list[Moved | Refused]:
+    def expire(self, time_ns: int, after_s: float = HOLD_S) -> list[Moved | Refused]:
         """Those that were held, and whose old place has been silent for long enough (4c)."""
-        due = [held for held in self._held.values() if time_ns - held.time_ns >= HOLD_S * 1e9]
+        due = [held for held in self._held.values() if time_ns - held.time_ns >= after_s * 1e9]
         return [decision for held in due if (decision := self.believe(held, time_ns)) is not None]
 
     def believe(self, held: Held, time_ns: int) -> Moved | Refused | None:

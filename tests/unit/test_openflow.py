@@ -145,6 +145,7 @@ def test_while_a_move_is_in_doubt_the_old_place_is_listened_to_and_forwarding_go
     scene.sees(VM, OLD)
     before = dict(scene.switch.entries)
     scene.sees(VM, NEW)
+    assert set(scene.switch.entries.values()) == set(scene.forwarding.desired(S1)), "also for a switch that is new"
     assert scene.forward(OLD, ethernet(VM, CLIENT)) == went(C1, reported=True)
     assert scene.forward(C1, TO_VM) == went(OLD, reported=False)
     scene.sees(VM, OLD)
