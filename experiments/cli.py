@@ -18,7 +18,7 @@ from hosts.policy import FIXED_MS, MODES, STRATEGIES, Policy
 from hosts.transport import COMPRESSIONS, MAX_STREAMS, Transport
 from topologies.errors import TestbedError, UsageError
 from topologies.plan import DEFAULT_PLAN, LEAF_SPINE, Plan, read_plan
-from topologies.units import parse_bitrate, parse_percent, parse_rate, parse_size
+from topologies.units import format_size, parse_bitrate, parse_percent, parse_rate, parse_size
 
 # name -> what it shows; each is a module of this package
 EXPERIMENTS = {
@@ -27,7 +27,7 @@ EXPERIMENTS = {
     "endurance": "two hundred moves back and forth under load, and nothing wears out",
     "host_failure": "a host dies, or is cut off from its storage; its VM runs on the other one, never on both",
     "controller_failure": "the SDN controller dies while a VM moves; the network goes on, and is healed at its return",
-    "fabric_failover": "a VM moves from leaf to leaf; trunks and a spine fail, and its client goes on",
+    "fabric_failover": "in a leaf-spine fabric trunks, a spine and the controller fail, and a VM moves across leaves",
     "mac_spoof": "a malicious client says that the VM is where it is itself; who believes it",
     "shared_storage": "a VM is a folder of files on a NAS: any host can run it from them, one at a time",
     "split_brain": "hosts lose each other and the storage at the worst moments of a migration; one runs the VM",
@@ -35,11 +35,27 @@ EXPERIMENTS = {
 }
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults as a person would write them; without an option of the VM it is the plan that counts."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default, said = action.default, action.help or ""
+        if action.dest == "help" or default in (None, False, []) or "(default" in said:
+            return said
+        if default is argparse.SUPPRESS:
+            return f"{said} (default: the plan's)"
+        if isinstance(default, int) and action.metavar == "SIZE":
+            return f"{said} (default: {format_size(default)})"
+        if isinstance(default, int) and action.metavar == "RATE":
+            return f"{said} (default: {default / 1e6:g} MB/s)"
+        return super()._get_help_string(action)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse without its usage dump: an error is one line."""
 
     def __init__(self, **settings: Any) -> None:
-        settings.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        settings.setdefault("formatter_class", _Help)
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
@@ -114,10 +130,34 @@ def experiment_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--plan", type=Path, default=DEFAULT_PLAN, metavar="FILE", help="what the testbed consists of (TOML)")
     add("--ram", type=quantity(parse_size), default=default, metavar="SIZE", help="RAM of the VM, like 512MiB")
-    add("--fill", type=quantity(parse_percent), default=default, metavar="SHARE", help="of it filled, like 75%%")
-    add("--compressible", type=quantity(parse_percent), default=default, metavar="SHARE", help="of what is filled")
-    add("--dirty-rate", type=quantity(parse_rate), default=default, metavar="RATE", help="written, like 50MB/s")
-    add("--working-set", type=quantity(parse_size), default=default, metavar="SIZE", help="written to, like 64MiB")
+    add(
+        "--fill",
+        type=quantity(parse_percent),
+        default=default,
+        metavar="SHARE",
+        help="how much of it is filled, like 75%%",
+    )
+    add(
+        "--compressible",
+        type=quantity(parse_percent),
+        default=default,
+        metavar="SHARE",
+        help="how much of that repeats, like 60%%",
+    )
+    add(
+        "--dirty-rate",
+        type=quantity(parse_rate),
+        default=default,
+        metavar="RATE",
+        help="how fast it writes, like 50MB/s",
+    )
+    add(
+        "--working-set",
+        type=quantity(parse_size),
+        default=default,
+        metavar="SIZE",
+        help="to how much of it, like 64MiB",
+    )
     add("--link", type=quantity(parse_bitrate), default=default, metavar="RATE", help="the cable: 1Gbit, unshaped")
     add("--mode", choices=MODES, default="precopy", help="how RAM is moved")
     add("--announce", choices=announce.MODES, default="rarp", help="how the VM's new place is told")
@@ -131,7 +171,7 @@ def experiment_options(parser: argparse.ArgumentParser) -> None:
     add("--streams", type=_streams, default=1, metavar="N", help="TCP connections that carry pages")
     add("--datastore", choices=("nfs", "local"), default="nfs", help="where the VMs' files are")
     add("--controller", choices=CONTROLLERS, default="mobility", help="of the physical switch; the others, to compare")
-    add("--seed", type=int, default=1, help="of the clients' random choices")
+    add("--seed", type=int, default=1, help="what the clients' random choices begin with")
     add("--out", type=Path, default=None, metavar="DIR", help="results folder (default: results/NAME-TIME)")
 
 

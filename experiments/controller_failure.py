@@ -65,6 +65,9 @@ def run(run: Run) -> Findings:
         for name, play in _ACTS.items():
             acts.append(_act(testbed, vm, name, play))
             report.say(_line(acts[-1]))
+        report.say(
+            "A VM that moves while nobody hears it is away until then; a switch asks for a controller once a second"
+        )
     capture.merge(run.folder / "capture.pcapng")
     moves, orders = (find(read_events(run.events_file), kind) for kind in ("mac.moved", "migration.end"))
     checks = {act.name.replace(" ", "_") + "_entries": act.entries_as_they_have_to_be for act in acts}

@@ -167,4 +167,8 @@ def conclusion(summary: dict[str, Any], folder: Path) -> None:
     capture = folder / "capture.pcapng"
     if capture.exists():
         say(f"look at  wireshark {capture}")
-        say(f"     or  tshark -r {capture} -Y 'eth.type == 0x8035 or arp.isgratuitous == 1'")
+    for parts in sorted(folder.glob("*/pcap")):
+        say(f"look at  wireshark {parts}/NODE.pcapng")
+    if capture.exists() and "migration" in summary:
+        there = f'frame.interface_name == "{summary["migration"]["destination"]}-vmnic0"'
+        say(f"     or  tshark -r {capture} -Y '{there} and (eth.type == 0x8035 or arp.isgratuitous == 1)'")
