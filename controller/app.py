@@ -16,6 +16,7 @@ digits, ports are OpenFlow numbers, times are CLOCK_MONOTONIC in ns:
     mac.learned           mac, switch, port, cause                        cause: rarp, garp, frame, manager
     mac.forgotten         mac, switch, port                               the port went down or away
     mac.held              mac, switch, from_switch, from, to, cause       not announced: the old place is asked
+    mac.stays             mac, switch, port                       it was held for this port, which is down now
     mac.moved             mac, switch, from_switch, from, to, cause, announced, packet_in, flow_mod
     mac.relearned         the same and barrier (= t)                      every switch confirmed that move
     mac.refused           mac, switch, port, node, cause, reason, times   an alarm; at most one a second for each
@@ -267,6 +268,9 @@ class Mobility(App):
                 if (ip := self._ips.get(mac)) and old.switch in self.switches:
                     self.switches[old.switch].send_frames([(old.number, arp_probe(ip))])
                 self._log.emit("mac.held", mac=mac, **_from_to(old, new), cause=cause)
+            case Refused(mac, at, reason=reason) if reason == NOT_THERE:  # nobody has lied
+                self._send(self.forwarding.steps(decision))
+                self._log.emit("mac.stays", mac=mac, switch=at.switch, port=at.number)
             case Refused():
                 self._send(self.forwarding.steps(decision))
                 self._alarm(decision)
@@ -336,7 +340,7 @@ class Mobility(App):
     def _alarm(self, refused: Refused) -> None:
         """The first at once, then one a second with how many there were: an attacker must not fill the disk."""
         self.alarms += 1
-        is_a_lie = refused.reason not in (TOO_MANY, NOT_THERE) and self.guard.place(refused.at).role == "client"
+        is_a_lie = refused.reason != TOO_MANY and self.guard.place(refused.at).role == "client"
         if is_a_lie:  # the switch need not tell it again
             lies = openflow.silence(refused.mac, refused.at.number)
             self._send([Step(refused.at.switch, [FlowMod("add", lies)])])

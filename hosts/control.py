@@ -26,6 +26,8 @@ _MAX_LINE_BYTES = 1 << 20
 _HANDSHAKE_TIMEOUT_S = 5.0
 # An agent reports at least every round; the longest silence is filling the RAM of a large VM.
 ANSWER_WITHIN_S = 180.0
+# A host that is told to restart a dead one's VM may die itself; to wait out a lease and fill RAM takes seconds.
+_RESTART_WITHIN_S = 60.0
 # What it knows by heart it says at once, or it is gone: a connection to a host without power looks open
 _STATUS_WITHIN_S = 5.0
 _UNHEARD_TIMEOUT_S = 10.0
@@ -81,6 +83,7 @@ class PowerOn(Request, frozen=True):
 class Restart(Request, frozen=True):
     """The same of a VM whose host is dead: only if its owner's pulse stands still for a lease (hosts/ownership.py)."""
 
+    answer_within_s: ClassVar[float] = _RESTART_WITHIN_S
     vm: VmName
     announce: str
     schedule_ms: tuple[int, ...]
