@@ -72,7 +72,7 @@ from topologies.events import EventLog
 _MOVES_REMEMBERED = 1000
 _IPS_REMEMBERED = 20_000
 _ALARM_EVERY_S = 1.0
-_SETTLE_WITHIN_S = 10.0  # a switch that has lost its controller asks for it every 8 s at least (Open vSwitch)
+_SETTLE_WITHIN_S = 10.0  # a switch that has lost its controller asks again after 8 s at most (Open vSwitch)
 _AGAIN_AFTER_S = 5.0  # what a switch has refused
 _LATE_S = 2 * discovery.EVERY_S
 _HOLD_AT_MOST_S = 1.0  # a switch may not say that it has told all
@@ -99,7 +99,7 @@ class Mobility(App):
         self._awaited: set[Port] = set()  # trunks that inherited entries lead over, and that have not been found yet
         self._settle_at_s = inf
         self._is_changed = False  # the network, while it is still being rerouted
-        self._ports_of: dict[str, dict[int, str]] = {}  # of switches as they were connected last
+        self._ports_of: dict[str, dict[int, str]] = {}  # of each switch, when it was connected last
         self._alarmed: dict[tuple[Port, str], tuple[float, int]] = {}  # -> when, how often since
         read_flow_stats_as(FlowStats)
 
@@ -157,7 +157,7 @@ class Mobility(App):
         for port in [Port(switch.name, number) for number in sorted(gone)]:
             self.forwarding.remove_port(port)
         for port in self.locations.ports(switch.name):
-            if port.number in gone | switch.down or port.number not in switch.ports:
+            if port.number in gone or port.number not in switch.up:
                 for decision in self.locations.forget_port(port):
                     self._carry_out(decision)
         if switch.name not in self.network.switches or not self.forwarding.is_settled:
@@ -169,9 +169,11 @@ class Mobility(App):
             self._name_port(switch, number)
 
     def _inherit(self, switch: Switch, kept: list[Flow]) -> None:
-        for port in self.forwarding.inherit(switch.name, kept):
+        needed = self.forwarding.inherit(switch.name, kept)
+        for port in needed:
             self.guard.become_trunk(port, is_trunk=True)
-            self._awaited.add(port)
+        self._awaited |= {port for port in needed if port.number in switch.up}  # nothing will be heard of the others
+        if needed:
             self._settle_at_s = min(self._settle_at_s, time.monotonic() + _SETTLE_WITHIN_S)
 
     def _settle(self) -> None:
@@ -186,10 +188,9 @@ class Mobility(App):
         for mac in [flow.match.eth_src for flow in kept if flow.table == openflow.GUARD and not flow.hard_timeout_s]:
             if mac is not None:  # an intent has said so to a controller before us
                 self.guard.vms.add(mac)
-        up = switch.ports.keys() - switch.down
         for flow in kept:
             mac, number = flow.match.eth_src, flow.match.in_port
-            if flow.table == openflow.SOURCES and mac is not None and number is not None and number in up:
+            if flow.table == openflow.SOURCES and mac is not None and number is not None and number in switch.up:
                 self.locations.adopt(mac, Port(switch.name, number))
 
     def _taken_on(self, switch: Switch, counts: dict[str, int], began_ns: int) -> None:

@@ -95,6 +95,11 @@ class Switch:
 
     # ------------------------------------------------------------ its ports
 
+    @property
+    def up(self) -> set[int]:
+        """Those that have a link."""
+        return self.ports.keys() - self.down
+
     def cables(self) -> list[Port]:
         return [Port(self.name, number) for number in sorted(self.ports)]
 

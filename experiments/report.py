@@ -164,11 +164,12 @@ def conclusion(summary: dict[str, Any], folder: Path) -> None:
     colour = "green" if summary["verdict"] == "pass" else "red"
     say(f"verdict  [bold {colour}]{summary['verdict']}[/]" + (f": not {', not '.join(failed)}" if failed else ""))
     say(f"results  {folder}")
-    capture = folder / "capture.pcapng"
-    if capture.exists():
-        say(f"look at  wireshark {capture}")
     for parts in sorted(folder.glob("*/pcap")):
         say(f"look at  wireshark {parts}/NODE.pcapng")
-    if capture.exists() and "migration" in summary:
+    capture = folder / "capture.pcapng"
+    if not capture.exists():
+        return
+    say(f"look at  wireshark {capture}")
+    if "migration" in summary:
         there = f'frame.interface_name == "{summary["migration"]["destination"]}-vmnic0"'
         say(f"     or  tshark -r {capture} -Y '{there} and (eth.type == 0x8035 or arp.isgratuitous == 1)'")

@@ -79,7 +79,7 @@ def _open(store: Store, path: str) -> _Log:
 
 def _forget(logs: dict[str, _Log], vm: str) -> None:
     if vm in logs:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # each line was written and complained of by itself: nothing hangs on it
             logs.pop(vm).file.close()
 
 

@@ -20,7 +20,7 @@ from topologies.errors import TestbedError
 from topologies.plan import Host, Plan, PlanError, port_name, read_plan
 
 VMOTION_SEGMENT = "vmotion"
-PACKET_INS_PER_S = 4000  # half of what the controller handles (README, figures)
+PACKET_INS_PER_S = 4000  # a third of what the controller handles (README, figures)
 
 
 def sh(node, *words: str) -> None:  # type: ignore[no-untyped-def]

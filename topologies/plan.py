@@ -532,7 +532,7 @@ def check_vm(vm: VM, host: Host) -> None:
         raise PlanError(f"VM {vm.name!r}: the bulk stream cannot be unshaped; write a rate like 10Mbit")
     if not _PAGE <= vm.working_set <= vm.ram:
         size, ram = format_size(vm.working_set), format_size(vm.ram)
-        limits = f"it must be at most its RAM, here {ram}, and a page at least; choose another --working-set"
+        limits = f"it must be at most its RAM, here {ram}, and a page at least; choose another (--working-set)"
         raise PlanError(f"VM {vm.name!r}: working set of {size}; {limits}")
 
 
